@@ -1,1 +1,1 @@
-
+"""Replaying label maps while a student trains: geometry, targets, losses, data, students."""

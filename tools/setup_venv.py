@@ -44,7 +44,7 @@ def run(title: str, *command: str | Path) -> None:
 
 def mend_torchvision() -> None:
     """Make a CUDA build of torchvision importable beside a CPU build of torch, in .venv only."""
-    probe = [PYTHON, "-c", "import torchvision"]
+    probe = (str(PYTHON), "-c", "import torchvision")
     failure = subprocess.run(probe, check=False, capture_output=True, text=True).stderr
     if "torchvision::nms does not exist" in failure:
         site = next((VENV / "lib").glob("python3*/site-packages"))
