@@ -114,6 +114,12 @@ class LabelMap:
         np.add.at(dense, (self.class_ids, rows, columns), excess)
         return dense
 
+    def top_probabilities(self) -> NDArray[np.float64]:
+        """The probability of every cell's first class: [H, W]."""
+        base, excess = affine_probabilities(self.logits, self.num_classes)
+        top: NDArray[np.float64] = base + excess[0]
+        return top
+
     @classmethod
     def from_probabilities(
         cls,

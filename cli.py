@@ -1,0 +1,314 @@
+"""The `tokenlabel` command: parses, calls, prints.
+
+Heavy libraries are imported by the commands that need them, so that `--help` is instant. Exit
+status: 0 done; 1 an error, or faults found by `verify`; 2 wrong usage; 3 done, but some images
+could not be labelled; 130 interrupted.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["main"]
+
+EXIT_FAILED_IMAGES = 3
+EXIT_INTERRUPTED = 130
+_FAILURES_SHOWN = 10
+
+
+class _Commands(click.Group):
+    """Prints the errors that tokenlabel raises on purpose as one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's own signature
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
+                raise
+            from .storage.errors import TokenLabelError
+
+            if not isinstance(error, TokenLabelError):
+                raise
+            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
+            interrupted = type(error).__name__ == "InterruptedRunError"
+            ctx.exit(EXIT_INTERRUPTED if interrupted else 1)
+
+
+class _ImageSize(click.ParamType[tuple[int, int]]):
+    name = "N or HxW"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        sides = str(value).lower().split("x")
+        if len(sides) not in {1, 2} or not all(s.isdigit() and int(s) > 0 for s in sides):
+            self.fail(f"{value!r} is not a side such as 288 or HEIGHTxWIDTH", param, ctx)
+        return int(sides[0]), int(sides[-1])
+
+
+class _Cell(click.ParamType[tuple[int, int]]):
+    name = "r,c"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        row, comma, column = str(value).partition(",")
+        if not (comma and row.strip().isdigit() and column.strip().isdigit()):
+            self.fail(f"{value!r} is not a cell such as 4,7 (row,column)", param, ctx)
+        return int(row), int(column)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tokenlabel")
+def main() -> None:
+    r"""Dense labels: annotate every image once, train students on the maps.
+
+    \b
+    Examples:
+      tokenlabel annotate photos labels --model resnet50
+      tokenlabel info labels
+      tokenlabel inspect labels cats/tom.jpg
+      tokenlabel verify labels --source photos
+    """
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    required=True,
+    metavar="NAME",
+    help="A timm classifier, or package.module:factory returning a DenseAnnotator.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="Local weights for a timm model: safetensors, or torch (weights only).",
+)
+@click.option(
+    "--pretrained/--no-pretrained", default=True, help="Fetch timm's weights.  [default: yes]"
+)
+@click.option(
+    "--img-size", type=_ImageSize(), help="Input size in pixels.  [default: the model's own]"
+)
+@click.option(
+    "--view",
+    type=click.Choice(["stretch", "letterbox", "center"]),
+    default="stretch",
+    show_default=True,
+    help="What the annotator sees: the whole image stretched, padded, or its centre square.",
+)
+@click.option(
+    "--top-k", type=click.IntRange(1), default=5, show_default=True, help="Classes a cell keeps."
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Images the annotator sees together.",
+)
+@click.option(
+    "--shard-size",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="Images of a shard, the unit of work and of commit.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    help="Ray workers; 0 runs in this process.  [default: one a GPU, or one]",
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, ...")
+@click.option(
+    "--amp",
+    type=click.Choice(["auto", "none", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Precision of the forward pass; auto is bf16 on CUDA, none elsewhere.",
+)
+@click.option(
+    "--classes",
+    type=click.Path(path_type=Path),
+    help="A text file with one class name a line, in the annotator's order.",
+)
+@click.option("--dry-run", is_flag=True, help="Plan and check everything, write nothing.")
+def annotate(
+    source: Path,
+    out: Path,
+    classes: Path | None,
+    *,
+    dry_run: bool,
+    **options: Any,  # noqa: ANN401 - handed on under the names that `annotate` has for them
+) -> None:
+    r"""Label every image below SOURCE densely, into a label store OUT.
+
+    Run the same command again to continue a run that was stopped: what is committed stays.
+
+    \b
+    Examples:
+      tokenlabel annotate photos labels --model resnet50
+      tokenlabel annotate photos labels --model convnext_base --img-size 384 --top-k 10
+      tokenlabel annotate photos labels --model resnet50 --checkpoint mine.safetensors
+      tokenlabel annotate photos labels --model my_package.clip:annotator --workers 0
+    """
+    from . import annotate as annotation
+    from .storage import open_store
+
+    with _progress("images") as progress:
+        done = annotation.annotate(
+            source,
+            out,
+            class_names=_class_names(classes) if classes else None,
+            dry_run=dry_run,
+            progress=progress,
+            **options,
+        )
+    for note in done.notes:
+        click.secho(f"Note: {note}", fg="yellow", err=True)
+    settings = done.settings
+    rows, columns = settings.grid
+    maps = f"{rows}x{columns} cells, top {settings.top_k} of {settings.num_classes} classes"
+    if dry_run:
+        click.echo(f"{done.samples} images in {settings.num_shards} shards: {maps}.")
+        click.echo("Dry run: nothing was written.")
+        return
+    if done.already_done:
+        click.echo(f"{done.already_done} of {done.samples} images were done before.")
+    rate = done.labelled / done.seconds if done.seconds else 0.0
+    click.echo(
+        f"{done.labelled} images labelled in {done.seconds:.1f} s ({rate:.1f} images/s): "
+        f"{maps}, {done.size / max(done.labelled, 1):,.0f} bytes an image."
+    )
+    click.echo(f"The store is {out}; look into it with: tokenlabel info {out}")
+    failures = open_store(out).failures
+    for key, reason in list(failures.items())[:_FAILURES_SHOWN]:
+        click.echo(f"Failed: {source / key}: {reason}", err=True)
+    if failures:
+        click.echo(f"{len(failures)} of {done.samples} images have no label.", err=True)
+        sys.exit(EXIT_FAILED_IMAGES)
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+def info(store: Path) -> None:
+    r"""Say what a STORE is, what is in it and what it costs.
+
+    \b
+    Example:
+      tokenlabel info labels
+    """
+    from .inspection import store_view
+    from .storage import open_store
+
+    _show(store_view(open_store(store, allow_partial=True)))
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("key")
+@click.option("--cell", type=_Cell(), help="Show the ranked classes of one cell (row,column).")
+def inspect(store: Path, key: str, cell: tuple[int, int] | None) -> None:
+    r"""Show the label map of the image KEY in the terminal.
+
+    \b
+    Examples:
+      tokenlabel inspect labels cats/tom.jpg
+      tokenlabel inspect labels cats/tom.jpg --cell 4,7
+    """
+    from .inspection import cell_view, map_view, sample_view
+    from .storage import open_store
+
+    labels = open_store(store, allow_partial=True)
+    label_map = labels[key]
+    if cell is not None:
+        _show(cell_view(label_map, labels.manifest, *cell))
+        return
+    _show(sample_view(labels.info(key), labels.manifest))
+    _show(map_view(label_map, labels.manifest))
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    help="Also hold the store's keys against this folder of images.",
+)
+def verify(store: Path, source: Path | None) -> None:
+    r"""Check every byte and value of a STORE; one line a fault, exit status 1 if there is any.
+
+    \b
+    Example:
+      tokenlabel verify labels --source photos
+    """
+    from . import storage
+
+    keys = None
+    if source is not None:
+        from .annotate import ImageFolder
+
+        keys = [key for key, _ in ImageFolder(source).samples()]
+    faults = 0
+    with _progress("shards") as progress:
+        for fault in storage.verify(store, keys, progress):
+            faults += 1
+            click.echo(fault)
+    if faults:
+        click.echo(f"{faults} faults in {store}.", err=True)
+        sys.exit(1)
+    labels = storage.open_store(store)
+    failed = f", {len(labels.failures)} images failed" if labels.failures else ""
+    click.echo(f"{store} is sound: {len(labels)} maps in {labels.committed_shards} shards{failed}.")
+
+
+def _show(view: "RenderableType") -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(view)
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error: share, rate, time left; silent in a pipe."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed:.1f} {unit}/s" if task.speed else "")
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), unit, Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(unit, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _class_names(path: Path) -> list[str]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{path}: {error}", param_hint="--classes") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+if __name__ == "__main__":
+    main()
