@@ -41,34 +41,24 @@ class _Commands(click.Group):
             ctx.exit(EXIT_INTERRUPTED if interrupted else 1)
 
 
-class _ImageSize(click.ParamType[tuple[int, int]]):
-    name = "N or HxW"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        sides = str(value).lower().split("x")
-        if len(sides) not in {1, 2} or not all(s.isdigit() and int(s) > 0 for s in sides):
-            self.fail(f"{value!r} is not a side such as 288 or HEIGHTxWIDTH", param, ctx)
-        return int(sides[0]), int(sides[-1])
+def _image_size(value: str) -> tuple[int, int]:
+    sides = value.lower().split("x")
+    if len(sides) not in {1, 2} or not all(side.isdigit() and int(side) for side in sides):
+        raise click.BadParameter(f"{value!r} is not a side such as 288, or HEIGHTxWIDTH")
+    return int(sides[0]), int(sides[-1])
 
 
-class _Cell(click.ParamType[tuple[int, int]]):
-    name = "r,c"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        row, comma, column = str(value).partition(",")
-        if not (comma and row.strip().isdigit() and column.strip().isdigit()):
-            self.fail(f"{value!r} is not a cell such as 4,7 (row,column)", param, ctx)
-        return int(row), int(column)
+def _cell(value: str) -> tuple[int, int]:
+    row, _, column = value.partition(",")
+    if not (row.strip().isdigit() and column.strip().isdigit()):
+        raise click.BadParameter(f"{value!r} is not a cell such as 4,7 (row,column)")
+    return int(row), int(column)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="tokenlabel")
 def main() -> None:
-    r"""Dense labels: annotate every image once, train students on the maps.
+    """Dense labels: annotate every image once, train students on the maps.
 
     \b
     Examples:
@@ -97,7 +87,10 @@ def main() -> None:
     "--pretrained/--no-pretrained", default=True, help="Fetch timm's weights.  [default: yes]"
 )
 @click.option(
-    "--img-size", type=_ImageSize(), help="Input size in pixels.  [default: the model's own]"
+    "--img-size",
+    type=_image_size,
+    metavar="N|HxW",
+    help="Input size in pixels.  [default: the model's own]",
 )
 @click.option(
     "--view",
@@ -150,7 +143,7 @@ def annotate(
     dry_run: bool,
     **options: Any,  # noqa: ANN401 - handed on under the names that `annotate` has for them
 ) -> None:
-    r"""Label every image below SOURCE densely, into a label store OUT.
+    """Label every image below SOURCE densely, into a label store OUT.
 
     Run the same command again to continue a run that was stopped: what is committed stays.
 
@@ -201,7 +194,7 @@ def annotate(
 @main.command()
 @click.argument("store", type=click.Path(path_type=Path))
 def info(store: Path) -> None:
-    r"""Say what a STORE is, what is in it and what it costs.
+    """Say what a STORE is, what is in it and what it costs.
 
     \b
     Example:
@@ -216,9 +209,9 @@ def info(store: Path) -> None:
 @main.command()
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("key")
-@click.option("--cell", type=_Cell(), help="Show the ranked classes of one cell (row,column).")
+@click.option("--cell", type=_cell, metavar="R,C", help="Show one cell's ranked classes.")
 def inspect(store: Path, key: str, cell: tuple[int, int] | None) -> None:
-    r"""Show the label map of the image KEY in the terminal.
+    """Show the label map of the image KEY in the terminal.
 
     \b
     Examples:
@@ -245,7 +238,7 @@ def inspect(store: Path, key: str, cell: tuple[int, int] | None) -> None:
     help="Also hold the store's keys against this folder of images.",
 )
 def verify(store: Path, source: Path | None) -> None:
-    r"""Check every byte and value of a STORE; one line a fault, exit status 1 if there is any.
+    """Check every byte and value of a STORE; one line a fault, exit status 1 if there is any.
 
     \b
     Example:
