@@ -19,9 +19,9 @@ from ..storage.writer import StoreWriter
 from .annotator import DenseAnnotator
 from .build import AnnotatorSpec
 from .errors import InterruptedRunError, ShardsFailedError
-from .images import VIEWS, View
 from .ray_run import Quarantined, run_on_ray
 from .sources import ImageFolder, ImageSource
+from .views import VIEWS, View
 from .worker import Precision, Receipt, Run, ShardWorker
 
 __all__ = ["Progress", "Summary", "annotate"]

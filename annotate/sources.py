@@ -11,12 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..images import EXTENSIONS
 from ..storage.errors import SettingsError
 from ..storage.plan import NO_TARGET
 
 __all__ = ["ImageFiles", "ImageFolder", "ImageSource"]
-
-_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 
 class ImageSource(Protocol):
@@ -65,7 +64,7 @@ class ImageFolder:
         if not keys:
             raise SettingsError(
                 f"{self.root}: no images below this folder; "
-                f"looked for {', '.join(sorted(_EXTENSIONS))}"
+                f"looked for {', '.join(sorted(EXTENSIONS))}"
             )
         return keys
 
@@ -123,7 +122,7 @@ def _image_keys(root: Path) -> Iterator[str]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         below = Path(folder).relative_to(root).as_posix()
         for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in _EXTENSIONS:
+            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
                 yield name if below == "." else f"{below}/{name}"
 
 

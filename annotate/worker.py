@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..images import decode
 from ..storage.folder import StoreFolder
 from ..storage.layout import read_plan
 from ..storage.manifest import Settings
@@ -28,9 +29,9 @@ from ..storage.writer import StoreWriter
 from .annotator import DenseAnnotator
 from .build import AnnotatorSpec
 from .errors import AnnotatorError
-from .images import View, decode, place, render
 from .scores import BatchScores, EncodedBatch, encode, score
 from .sources import ImageSource
+from .views import View, place, render
 
 __all__ = ["Precision", "Receipt", "Run", "ShardWorker"]
 

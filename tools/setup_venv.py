@@ -1,7 +1,7 @@
 """Create `.venv` with tokenlabel and everything its demo and its checks need.
 
 Uses only the standard library, because it runs before anything is installed. It does nothing
-when the environment already fits `pyproject.toml` and this script.
+when the environment already fits the project's dependencies and this script.
 """
 
 import hashlib
@@ -57,8 +57,12 @@ def main() -> None:
     """Bring `.venv` up to date with the checkout."""
     if sys.version_info < (3, 11):
         sys.exit(f"tokenlabel needs Python 3.11 or newer; python3 here is {sys.version.split()[0]}")
+    import tomllib  # not before it is known that this Python has it
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = hashlib.sha256(
-        Path(__file__).read_bytes() + (ROOT / "pyproject.toml").read_bytes()
+        Path(__file__).read_bytes()
+        + repr((project["project"], project["tool"]["setuptools"])).encode()
     ).hexdigest()
     if STAMP.exists() and STAMP.read_text() == wanted:
         print("  - .venv is up to date")

@@ -1,19 +1,16 @@
-"""From encoded bytes to the pixels an annotator sees, and where those lie on the image."""
+"""What an annotator sees of an image: where it lies on the input, and drawing it there."""
 
-import io
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-__all__ = ["VIEWS", "Placement", "View", "decode", "place", "render"]
+__all__ = ["VIEWS", "Placement", "View", "place", "render"]
 
 View = Literal["stretch", "letterbox", "center"]
 VIEWS: tuple[View, ...] = get_args(View)
-
-_ORIENTATION_TAG = 0x0112
 
 
 @dataclass(frozen=True)
@@ -66,28 +63,6 @@ def place(
         (input_height - y) / size[1],
     )
     return Placement(size, (x, y), box)
-
-
-def decode(data: bytes) -> tuple[Image.Image, int]:
-    """Decode an image to upright RGB.
-
-    Colour modes go to RGB as Pillow converts them, which is what a student's loader sees too;
-    only 16-bit grey is scaled to 8 bits first, where Pillow would clip it.
-
-    Returns:
-        The image and the EXIF orientation its file had (1: stored upright).
-
-    Raises:
-        OSError: not an image, or a damaged one (truncated files included).
-        ValueError: likewise; Pillow raises several kinds.
-    """
-    image: Image.Image = Image.open(io.BytesIO(data))
-    image.load()
-    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey; PNG has no wider one
-        image = Image.fromarray((np.asarray(image, dtype=np.uint32) // 257).astype(np.uint8))
-    return image.convert("RGB"), orientation if orientation in range(1, 9) else 1
 
 
 def render(
