@@ -1,1 +1,9 @@
-"""Replaying label maps while a student trains: geometry, targets, losses, data, students."""
+"""Replaying label maps while a student trains: geometry, targets, losses, data, students.
+
+Knows the label maps of `tokenlabel.storage`, not who made them.
+"""
+
+from .replay import replay
+from .targets import TokenTargets
+
+__all__ = ["TokenTargets", "replay"]
