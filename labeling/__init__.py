@@ -3,7 +3,8 @@
 Knows the label maps of `tokenlabel.storage`, not who made them.
 """
 
+from .loss import TokenLabelLoss
 from .replay import replay
 from .targets import TokenTargets
 
-__all__ = ["TokenTargets", "replay"]
+__all__ = ["TokenLabelLoss", "TokenTargets", "replay"]
