@@ -249,10 +249,10 @@ class _Axis:
         start = _rounded(begin.clamp_min(0) * scale + offset)
         stop = _rounded(end.clamp_max(1) * scale + offset)
         first, last = start.ceil().clamp_min(0), stop.floor().clamp_max(cells - 1)
-        # An image thinner than a cell may lie between two centres; then the nearest one serves.
+        # An image thinner than a cell may lie between two centres; then the nearest one serves,
+        # as `last`, which is what positions are clamped to in the end.
         nearest = ((start + stop) / 2).round().clamp(0, cells - 1)
-        missed = first > last
-        first, last = torch.where(missed, nearest, first), torch.where(missed, nearest, last)
+        last = torch.where(first > last, nearest, last)
         return cls(scale, offset, start, stop, first, last)
 
     def __getitem__(self, members: Tensor) -> Self:

@@ -292,13 +292,14 @@ def test_letterbox_padding_never_blends(lite0_maps: list[LabelMap], box: Box) ->
         assert not ((part.class_ids == poison) & (part.excess > 0)).any()
 
 
+@pytest.mark.parametrize(("x0", "nearest"), [(-4.0, 1), (-5.0, 2)])
 def test_an_image_thinner_than_a_cell_uses_the_nearest_cell(
-    position_map: Callable[..., LabelMap],
+    position_map: Callable[..., LabelMap], x0: float, nearest: int
 ) -> None:
-    # Four cells of width 2.5 whose centres -2.75, -0.25, 2.25, 4.75 all miss the image.
-    label_map = position_map(1, 4, GridView((-4.0, 0.0, 6.0, 1.0)))
+    # Cells of width 2.5, centres at -2.75, -0.25, 2.25, 4.75 or at -3.75, -1.25, 1.25, 3.75.
+    label_map = position_map(1, 4, GridView((x0, 0.0, x0 + 10, 1.0)))
     targets = replay([label_map], identity()[None], (2, 3))
-    assert (targets.dense(4).argmax(-1) == 1).all()
+    assert (targets.dense(4).argmax(-1) == nearest).all()
     assert (targets.weight == 1).all()
 
 
@@ -330,6 +331,7 @@ def test_every_class_is_listed_once_and_padding_is_plain(lite0_maps: list[LabelM
     ("image_from_crop", "message"),
     [
         (torch.full((1, 3, 3), torch.nan), "finite, invertible"),
+        (torch.diag(torch.tensor([torch.inf, 1, 1]))[None], "finite, invertible"),
         (torch.zeros(1, 3, 3), "finite, invertible"),
         (image_from_box((0.5, 0, 0.5, 1))[None], "matrix 0 is"),
         (torch.tensor([[[1.0, 0, 0], [0, 1, 0], [-2, 0, 1]]]), "horizon"),
