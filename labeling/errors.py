@@ -1,0 +1,26 @@
+"""Errors of replay and training; see `tokenlabel.storage.errors` for what a message holds."""
+
+from ..storage.errors import TokenLabelError
+
+__all__ = [
+    "InvalidTargetsError",
+    "ReplayError",
+    "UnsupportedModelError",
+    "UnsupportedTransformError",
+]
+
+
+class InvalidTargetsError(TokenLabelError, ValueError):
+    """Token targets whose tensors contradict each other or the logits they are compared with."""
+
+
+class ReplayError(TokenLabelError, ValueError):
+    """Maps, matrices or settings that cannot be replayed."""
+
+
+class UnsupportedTransformError(TokenLabelError, TypeError):
+    """A transform that moves pixels in a way label maps cannot follow."""
+
+
+class UnsupportedModelError(TokenLabelError, TypeError):
+    """A network that cannot be given a token head."""
