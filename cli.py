@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from rich.console import RenderableType
+
+    from .storage import LabelMap
+    from .storage.manifest import Manifest
 
 __all__ = ["main"]
 
@@ -53,6 +57,14 @@ def _cell(value: str) -> tuple[int, int]:
     if not (row.strip().isdigit() and column.strip().isdigit()):
         raise click.BadParameter(f"{value!r} is not a cell such as 4,7 (row,column)")
     return int(row), int(column)
+
+
+def _box(value: str) -> tuple[float, float, float, float]:
+    try:
+        x0, y0, x1, y1 = (float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a box such as 0.2,0.1,0.7,0.9") from None
+    return x0, y0, x1, y1
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -210,19 +222,50 @@ def info(store: Path) -> None:
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("key")
 @click.option("--cell", type=_cell, metavar="R,C", help="Show one cell's ranked classes.")
-def inspect(store: Path, key: str, cell: tuple[int, int] | None) -> None:
-    """Show the label map of the image KEY in the terminal.
+@click.option("--png", type=click.Path(path_type=Path), help="Draw a picture into this file.")
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path),
+    help="The image to draw on: its file, or the folder that was annotated.",
+)
+@click.option(
+    "--crop",
+    type=_box,
+    metavar="X0,Y0,X1,Y1",
+    help="Draw this crop with its replayed token targets; shares of the image, 0 to 1.",
+)
+@click.option("--flip", is_flag=True, help="Mirror the crop left to right.")
+def inspect(
+    store: Path,
+    key: str,
+    *,
+    cell: tuple[int, int] | None,
+    png: Path | None,
+    image: Path | None,
+    crop: tuple[float, float, float, float] | None,
+    flip: bool,
+) -> None:
+    """Show the label map of the image KEY in the terminal, or in a picture.
 
     \b
     Examples:
       tokenlabel inspect labels cats/tom.jpg
       tokenlabel inspect labels cats/tom.jpg --cell 4,7
+      tokenlabel inspect labels cats/tom.jpg --image photos --png tom.png
+      tokenlabel inspect labels tom.jpg --image tom.jpg --png c.png --crop 0.2,0.1,0.7,0.9 --flip
     """
+    if (png is None) != (image is None) or ((crop or flip) and png is None):
+        raise click.UsageError("a picture needs --png and --image; --crop and --flip are for them")
     from .inspection import cell_view, map_view, sample_view
     from .storage import open_store
 
     labels = open_store(store, allow_partial=True)
     label_map = labels[key]
+    if png is not None and image is not None:
+        photo = _photo(image / key if image.is_dir() else image)
+        box = (0.0, 0.0, 1.0, 1.0) if crop is None and flip else crop
+        _draw(png, photo, label_map, labels.manifest, title=key, crop=box, flip=flip)
+        return
     if cell is not None:
         _show(cell_view(label_map, labels.manifest, *cell))
         return
@@ -262,6 +305,45 @@ def verify(store: Path, source: Path | None) -> None:
     labels = storage.open_store(store)
     failed = f", {len(labels.failures)} images failed" if labels.failures else ""
     click.echo(f"{store} is sound: {len(labels)} maps in {labels.committed_shards} shards{failed}.")
+
+
+def _photo(path: Path) -> "Image":
+    from .images import decode
+
+    try:
+        return decode(path.read_bytes())[0]
+    except OSError as error:
+        raise click.BadParameter(f"{path}: {error}", param_hint="--image") from error
+
+
+def _draw(
+    png: Path,
+    photo: "Image",
+    label_map: "LabelMap",
+    manifest: "Manifest",
+    *,
+    title: str,
+    crop: tuple[float, float, float, float] | None,
+    flip: bool,
+) -> None:
+    try:
+        from . import pictures
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        raise click.ClickException(
+            "pictures are drawn with matplotlib: pip install 'tokenlabel[pictures]'"
+        ) from error
+
+    if crop is None:
+        figure = pictures.draw_map(photo, label_map, manifest, title)
+    else:
+        figure = pictures.draw_crop(photo, label_map, manifest, title, crop, flip=flip)
+    try:
+        figure.savefig(png, format="png", bbox_inches="tight")
+    except OSError as error:
+        raise click.BadParameter(f"{png}: {error}", param_hint="--png") from error
+    click.echo(f"Picture: {png}")
 
 
 def _show(view: "RenderableType") -> None:

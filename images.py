@@ -1,16 +1,37 @@
-"""Decoding images, the same for whoever labels them and whoever trains on them."""
+"""Finding and decoding images, the same for whoever labels them and whoever trains on them."""
 
 import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["EXTENSIONS", "decode"]
+from .storage.errors import SettingsError
+
+__all__ = ["EXTENSIONS", "decode", "image_keys"]
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 """File name endings of images, in lower case."""
 
 _ORIENTATION_TAG = 0x0112
+
+
+def image_keys(root: Path) -> Iterator[str]:
+    """Keys of the images below a folder: posix paths below it, unsorted.
+
+    Hidden files and folders are left out, links are followed.
+
+    Raises:
+        SettingsError: a folder cannot be listed.
+    """
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_unreadable):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        below = Path(folder).relative_to(root).as_posix()
+        for name in names:
+            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
+                yield name if below == "." else f"{below}/{name}"
 
 
 def decode(data: bytes) -> tuple[Image.Image, int]:
@@ -33,3 +54,7 @@ def decode(data: bytes) -> tuple[Image.Image, int]:
     if image.mode.startswith("I"):  # 16-bit grey; PNG has no wider one
         image = Image.fromarray((np.asarray(image, dtype=np.uint32) // 257).astype(np.uint8))
     return image.convert("RGB"), orientation if orientation in range(1, 9) else 1
+
+
+def _unreadable(error: OSError) -> None:
+    raise SettingsError(f"{error.filename}: cannot list this folder: {error.strerror}") from error

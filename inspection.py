@@ -17,11 +17,11 @@ from .storage import LabelMap, LabelStore, SampleInfo
 from .storage.errors import SettingsError
 from .storage.manifest import Manifest
 
-__all__ = ["cell_view", "map_view", "sample_view", "store_view"]
+__all__ = ["PALETTE", "cell_view", "map_view", "sample_view", "store_view"]
 
 # Okabe and Ito's palette, distinguishable with any common colour blindness, with the text
 # colour that reads on each.
-_PALETTE = (
+PALETTE = (
     ("#e69f00", "black"),
     ("#56b4e9", "black"),
     ("#009e73", "white"),
@@ -107,7 +107,7 @@ def map_view(label_map: LabelMap, manifest: Manifest) -> RenderableType:
     symbols = dict(zip(ranked, letters, strict=False))
     styles = {
         class_id: Style(bgcolor=back, color=front)
-        for class_id, (back, front) in zip(ranked, _PALETTE, strict=False)
+        for class_id, (back, front) in zip(ranked, PALETTE, strict=False)
     }
     grid = Text()
     for row in top.tolist():
@@ -118,7 +118,7 @@ def map_view(label_map: LabelMap, manifest: Manifest) -> RenderableType:
     legend = Table(box=None, pad_edge=False)
     for column in ("", "class", "id", "cells", "mean probability"):
         legend.add_column(column, justify="left" if column in {"", "class"} else "right")
-    shown = ranked[: len(_PALETTE) + 4]
+    shown = ranked[: len(PALETTE) + 4]
     for class_id in shown:
         here = top == class_id
         legend.add_row(

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..images import EXTENSIONS
+from ..images import EXTENSIONS, image_keys
 from ..storage.errors import SettingsError
 from ..storage.plan import NO_TARGET
 
@@ -60,7 +60,7 @@ class ImageFolder:
 
     @cached_property
     def _keys(self) -> list[str]:
-        keys = sorted(_image_keys(self.root))
+        keys = sorted(image_keys(self.root))
         if not keys:
             raise SettingsError(
                 f"{self.root}: no images below this folder; "
@@ -115,16 +115,3 @@ class ImageFiles:
     def describe(self) -> dict[str, Any]:
         """Kind and name; files have no classes."""
         return {"kind": "files", "name": self._name, "classes": []}
-
-
-def _image_keys(root: Path) -> Iterator[str]:
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=_unreadable):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        below = Path(folder).relative_to(root).as_posix()
-        for name in names:
-            if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS:
-                yield name if below == "." else f"{below}/{name}"
-
-
-def _unreadable(error: OSError) -> None:
-    raise SettingsError(f"{error.filename}: cannot list this folder: {error.strerror}") from error

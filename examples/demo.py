@@ -1,9 +1,10 @@
-"""The whole road on real input: photographs -> label store -> a look into it.
+"""The whole road on real input: photographs -> label store -> a look into it -> a student.
 
     python examples/demo.py OUT
 
 Annotates the photographs beside this file with a small ImageNet classifier, through Ray on this
-machine, and shows every command it runs, so that each can be tried by hand.
+machine, draws labels over images, and trains a small ViT on them for some steps. Every command is
+shown, so that each can be tried by hand.
 """
 
 import shlex
@@ -29,7 +30,7 @@ def run(*command: str | Path) -> None:
 
 
 def main(out: Path) -> None:
-    """Annotate, verify, look."""
+    """Annotate, verify, look, train."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     weights, labels = out / "lite0.safetensors", out / "labels"
@@ -43,7 +44,13 @@ def main(out: Path) -> None:
     run("tokenlabel", "info", labels)
     run("tokenlabel", "inspect", labels, "chelsea.jpg")
     run("tokenlabel", "inspect", labels, "chelsea.jpg", "--cell", "4,5")
+    region, crop = out / "coffee.png", out / "coffee_crop.png"
+    picture = ("tokenlabel", "inspect", labels, "coffee.jpg", "--image", PHOTOS)
+    run(*picture, "--png", region)
+    run(*picture, "--png", crop, "--crop", "0.25,0.25,1,1", "--flip")
+    run("python", EXAMPLES / "train.py", PHOTOS, labels)
     print(f"\nThe label store is {labels}, the annotator's weights are {weights}.")
+    print(f"Pictures: {region} (labelled regions), {crop} (a crop and its replayed targets).")
 
 
 if __name__ == "__main__":

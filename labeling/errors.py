@@ -4,6 +4,7 @@ from ..storage.errors import TokenLabelError
 
 __all__ = [
     "InvalidTargetsError",
+    "MissingSamplesError",
     "ReplayError",
     "UnsupportedModelError",
     "UnsupportedTransformError",
@@ -12,6 +13,10 @@ __all__ = [
 
 class InvalidTargetsError(TokenLabelError, ValueError):
     """Token targets whose tensors contradict each other or the logits they are compared with."""
+
+
+class MissingSamplesError(TokenLabelError, ValueError):
+    """Images without a label, or labels without an image."""
 
 
 class ReplayError(TokenLabelError, ValueError):

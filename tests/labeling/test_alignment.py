@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tokenlabel.labeling import ReplayMap
-from tokenlabel.labeling.replay_map import targets_from
-from tokenlabel.storage import GridView, LabelMap
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+
+from tokenlabel.labeling import ReplayMap
+from tokenlabel.labeling.replay_map import targets_from
+from tokenlabel.storage import GridView, LabelMap
 
 TOKENS, CROP, CROPS = 14, 224, 100
 SIZES = [(500, 500), (500, 375), (375, 500), (640, 320)]  # (width, height)

@@ -2,13 +2,14 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
+
 from tokenlabel.labeling import TokenLabelLoss, TokenTargets, replay
 from tokenlabel.labeling.errors import InvalidTargetsError
 from tokenlabel.labeling.geometry import image_from_box
 from tokenlabel.labeling.loss import token_cross_entropy
 from tokenlabel.storage import LabelMap
 from tokenlabel.storage.errors import SettingsError
-from torch import Tensor
 
 B, N, C, M = 3, 5, 11, 6
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from tokenlabel.labeling import TokenTargets, replay
 from tokenlabel.labeling.errors import ReplayError
 from tokenlabel.labeling.geometry import (
@@ -17,7 +19,6 @@ from tokenlabel.labeling.geometry import (
 from tokenlabel.storage import GridView, LabelBatch, LabelMap, TokenLabelError
 from tokenlabel.storage.encoding import pack_entries
 from tokenlabel.storage.label_map import affine_probabilities
-from torch import Tensor
 
 Box = tuple[float, float, float, float]
 Flips = tuple[bool, bool]

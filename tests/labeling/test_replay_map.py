@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F  # noqa: N812
+from torchvision.transforms.v2.functional._utils import _KERNEL_REGISTRY
+
 from tokenlabel.labeling import ReplayMap, replay
 from tokenlabel.labeling.errors import UnsupportedTransformError
 from tokenlabel.labeling.geometry import horizontal_flip, image_from_box
 from tokenlabel.labeling.replay_map import targets_from
 from tokenlabel.storage import LabelMap, TokenLabelError
-from torchvision import tv_tensors
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F  # noqa: N812
-from torchvision.transforms.v2.functional._utils import _KERNEL_REGISTRY
 
 WIDTH, HEIGHT = 61, 43
 

@@ -4,12 +4,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch import nn
+
 from tokenlabel.labeling import TokenLabelLoss, TokenLabelStudent
 from tokenlabel.labeling.errors import InvalidTargetsError, UnsupportedModelError
 from tokenlabel.labeling.geometry import identity
 from tokenlabel.labeling.replay import replay
 from tokenlabel.storage import LabelMap
-from torch import nn
 
 
 def create(name: str, **options: Any) -> nn.Module:

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from torch import Tensor
+
 from tokenlabel.labeling import TokenTargets
 from tokenlabel.labeling.errors import InvalidTargetsError
 from tokenlabel.labeling.targets import merge_repeated
-from torch import Tensor
 
 
 @pytest.fixture
