@@ -6,18 +6,22 @@ ever overwritten. This is the only module that writes into a store.
 """
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import CorruptStoreError, PublishError, StoreFormatError
 
 __all__ = ["StoreFolder"]
 
 _SCRATCH = ".tmp"
-_ATTEMPTS = 3
+_ATTEMPTS = 10
+_SCRATCH_NAME = re.compile(r"(.*)@([0-9]{1,7})-[0-9a-f]{16}", re.DOTALL)
 
 
 class StoreFolder:
@@ -36,7 +40,7 @@ class StoreFolder:
     def path(self, name: str) -> Path:
         """Where the object lies; names that would leave the folder are refused."""
         parts = name.split("/")
-        if name.startswith("/") or any(part in {"", ".", ".."} for part in parts):
+        if "\0" in name or any(part in {"", ".", ".."} for part in parts):
             raise StoreFormatError(f"{self.root}: {name!r} is no name of an object in a store")
         return self.root.joinpath(*parts)
 
@@ -54,7 +58,8 @@ class StoreFolder:
 
     def names(self, folder: str) -> Iterator[str]:
         """Names of the objects directly below a folder, unsorted; none where it is missing."""
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.path(folder)) as entries:
+        missing = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+        with missing, os.scandir(self.path(folder)) as entries:
             for entry in entries:
                 if entry.is_file():
                     yield f"{folder}/{entry.name}"
@@ -108,30 +113,39 @@ class StoreFolder:
             ) from error
 
     def clean(self) -> None:
-        """Remove scratch files that a killed process of this host left behind."""
+        """Remove scratch files that a killed process of this host left behind, where it can."""
         scratch = self.root / _SCRATCH
         host = socket.gethostname()
-        with contextlib.suppress(FileNotFoundError), os.scandir(scratch) as entries:
+        with contextlib.suppress(OSError), os.scandir(scratch) as entries:
             for entry in entries:
-                owner_host, _, rest = entry.name.rpartition("@")
-                if owner_host == host and not _is_running(int(rest.partition("-")[0])):
+                owner = _SCRATCH_NAME.fullmatch(entry.name)
+                if owner and owner[1] == host and not _is_running(int(owner[2])):
                     Path(entry.path).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             scratch.rmdir()
 
     def _write_scratch(self, data: bytes) -> Path:
         folder = self.root / _SCRATCH
-        folder.mkdir(exist_ok=True)
         path = folder / f"{socket.gethostname()}@{os.getpid()}-{secrets.token_hex(8)}"
         try:
-            with path.open("xb") as file:
+            with _created(path) as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             raise
         return path
+
+
+def _created(path: Path) -> BinaryIO:
+    """A new file, its folder made where needed; another run's cleaning may be taking that away."""
+    for _ in range(_ATTEMPTS):
+        path.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return path.open("xb")
+    raise FileNotFoundError(errno.ENOENT, f"{path.parent} keeps disappearing")
 
 
 def _reason(error: OSError) -> str:

@@ -82,18 +82,17 @@ class LabelMap:
     view: GridView
 
     def __post_init__(self) -> None:
-        if self.class_ids.ndim != 3 or self.class_ids.shape != self.logits.shape:
+        shape = self.class_ids.shape
+        if len(shape) != 3 or 0 in shape or shape != self.logits.shape:
             raise InvalidLabelError(
-                "a label map needs class_ids and logits of one shape [K, H, W], "
+                "a label map needs class_ids and logits of one shape [K, H, W], none of them 0, "
                 f"got {self.class_ids.shape} and {self.logits.shape}"
             )
         if not 2 <= self.num_classes <= MAX_CLASSES:
             raise InvalidLabelError(
                 f"num_classes must be 2 to {MAX_CLASSES}, got {self.num_classes}"
             )
-        if self.class_ids.size and not 0 <= self.class_ids.min() <= self.class_ids.max() < (
-            self.num_classes
-        ):
+        if not 0 <= self.class_ids.min() <= self.class_ids.max() < (self.num_classes):
             raise InvalidLabelError(
                 f"class ids must lie in 0 to {self.num_classes - 1}, "
                 f"got {self.class_ids.min()} to {self.class_ids.max()}"

@@ -9,9 +9,10 @@ shards/000042.json       commit record: the shard is visible once this is there
 
 import re
 
-from .errors import StoreFormatError
+from .errors import CorruptStoreError, StoreFormatError
 from .folder import StoreFolder
 from .manifest import MANIFEST, Manifest, Settings
+from .objects import ObjectRef
 from .plan import Plan
 from .records import RowTable, ShardRecord
 
@@ -20,17 +21,18 @@ __all__ = [
     "committed_shards",
     "plan_object",
     "read_manifest",
+    "read_object",
     "read_plan",
     "read_record",
-    "read_rows",
     "record_object",
+    "row_table",
     "rows_object",
     "shard_object",
 ]
 
 MAPS = "maps.zarr"
 _SHARDS = "shards"
-_RECORD = re.compile(rf"{_SHARDS}/(\d{{6,}})\.json")
+_RECORD = re.compile(rf"{_SHARDS}/([0-9]{{6,}})\.json")
 
 
 def plan_object(settings: Settings) -> str:
@@ -56,7 +58,9 @@ def record_object(shard: int) -> str:
 def committed_shards(folder: StoreFolder) -> list[int]:
     """Numbers of the shards that have a record, ascending."""
     matches = (_RECORD.fullmatch(name) for name in folder.names(_SHARDS))
-    return sorted(int(match[1]) for match in matches if match)
+    numbers = ((int(match[1]), match[0]) for match in matches if match)
+    # `0000001.json` is no second record of shard 1
+    return sorted(shard for shard, name in numbers if name == record_object(shard))
 
 
 def read_manifest(folder: StoreFolder) -> Manifest:
@@ -87,22 +91,46 @@ def read_plan(folder: StoreFolder, settings: Settings) -> Plan:
     return plan
 
 
-def read_record(folder: StoreFolder, shard: int) -> ShardRecord:
+def read_record(folder: StoreFolder, settings: Settings, shard: int) -> ShardRecord:
     """The commit record of a shard.
 
     Raises:
-        CorruptStoreError: it is missing or damaged.
+        CorruptStoreError: it is missing, damaged, or the record of another shard.
     """
     name = record_object(shard)
-    return ShardRecord.from_bytes(folder.read(name), str(folder.path(name)))
+    record = ShardRecord.from_bytes(folder.read(name), str(folder.path(name)))
+    rows = settings.shard_rows(shard)
+    if (record.shard, record.start, record.stop) != (shard, rows.start, rows.stop):
+        raise CorruptStoreError(
+            f"{folder.path(name)}: expected the record of shard {shard}, rows {rows.start} to "
+            f"{rows.stop}; it is that of shard {record.shard}, rows {record.start} to {record.stop}"
+        )
+    return record
 
 
-def read_rows(folder: StoreFolder, settings: Settings, shard: int) -> RowTable:
-    """The row table of a shard.
+def read_object(folder: StoreFolder, ref: ObjectRef) -> bytes:
+    """The bytes of an object, held against what was committed.
 
     Raises:
-        CorruptStoreError: it is missing or damaged.
+        CorruptStoreError: it is missing or changed.
     """
-    name = rows_object(shard)
-    rows = len(settings.shard_rows(shard))
-    return RowTable.from_bytes(folder.read(name), rows, settings.top_k, str(folder.path(name)))
+    data = folder.read(ref.name)
+    if len(data) != ref.size:
+        raise CorruptStoreError(
+            f"{folder.path(ref.name)}: {len(data)} bytes, {ref.size} were committed"
+        )
+    if ObjectRef.of(ref.name, data) != ref:
+        raise CorruptStoreError(
+            f"{folder.path(ref.name)}: the SHA-256 is not the one that was committed"
+        )
+    return data
+
+
+def row_table(folder: StoreFolder, settings: Settings, shard: int, data: bytes) -> RowTable:
+    """The row table of a shard, from its bytes.
+
+    Raises:
+        CorruptStoreError: they are damaged.
+    """
+    where = str(folder.path(rows_object(shard)))
+    return RowTable.from_bytes(data, len(settings.shard_rows(shard)), settings.top_k, where)

@@ -8,22 +8,17 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Self
 
 from .errors import StoreFormatError
+from .objects import Json, ObjectRef, canonical_json, seal, unseal
 
-__all__ = ["MANIFEST", "SPEC_VERSION", "Manifest", "Settings", "canonical_json", "differences"]
+__all__ = ["MANIFEST", "SPEC_VERSION", "Manifest", "Settings", "differences"]
 
 MANIFEST = "manifest.json"
 SPEC_VERSION = 1
 
-Json = dict[str, Any]
-
-
-def canonical_json(value: object) -> bytes:
-    """JSON bytes that depend on the value alone."""
-    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-    return text.encode() + b"\n"
+_READABLE = {"payload": "categorical", "profile": "fast"}
 
 
 @dataclass(frozen=True)
@@ -89,23 +84,24 @@ class Manifest:
         class_names: C names, or None.
         source: where the images came from: kind, name, names of its classes.
         created_with: versions of the libraries that made the store, for information.
+        objects: the plan and Zarr's metadata, which belong to the store as a whole; filled in by
+            the writer that lays the store out.
     """
 
     settings: Settings
     class_names: list[str] | None
     source: Json
     created_with: dict[str, str]
+    objects: tuple[ObjectRef, ...] = ()
 
     def class_name(self, class_id: int) -> str:
         """The name of a class, or its number where the store has no names."""
         return self.class_names[class_id] if self.class_names else f"class {class_id}"
 
     def to_bytes(self) -> bytes:
-        """The manifest as canonical JSON."""
+        """The manifest as sealed JSON."""
         head = {"format": "tokenlabel", "spec_version": SPEC_VERSION}
-        return canonical_json(
-            {**head, "fingerprint": self.settings.fingerprint(), **asdict(self)},
-        )
+        return seal({**head, "fingerprint": self.settings.fingerprint(), **asdict(self)})
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Self:
@@ -120,25 +116,39 @@ class Manifest:
         """
         try:
             found = json.loads(data)
-            if found.pop("format") != "tokenlabel":
-                raise KeyError("format")
-            version = found.pop("spec_version")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            kind, version = found["format"], found["spec_version"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreFormatError(f"{where}: not the manifest of a label store") from error
+        if kind != "tokenlabel":
+            raise StoreFormatError(f"{where}: not the manifest of a label store, but of {kind!r}")
         if version != SPEC_VERSION:
             raise StoreFormatError(
                 f"{where}: the store has spec version {version}, this program reads version "
                 f"{SPEC_VERSION}; install the tokenlabel release that wrote it or a newer one"
             )
         try:
-            fingerprint = found.pop("fingerprint")
-            manifest = cls(**{**found, "settings": Settings(**found["settings"])})
-            shape = (*manifest.settings.grid, manifest.settings.num_shards)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            found = unseal(data)
+            settings = Settings(**found["settings"])
+            objects = tuple(ObjectRef(**ref) for ref in found["objects"])
+            fingerprint = found["fingerprint"]
+            for name in ("format", "spec_version", "fingerprint"):
+                del found[name]
+            manifest = cls(**{**found, "settings": settings, "objects": objects})
+            shape = (*settings.grid, settings.num_shards)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise StoreFormatError(f"{where}: damaged manifest: {error}") from error
-        if manifest.settings.fingerprint() != fingerprint or min(shape) < 1:
+        if settings.fingerprint() != fingerprint or min(shape) < 1:
+            raise StoreFormatError(f"{where}: the settings do not match their fingerprint")
+        for name, value in _READABLE.items():
+            if getattr(settings, name) != value:
+                raise StoreFormatError(
+                    f"{where}: the store's {name} is {getattr(settings, name)!r}, this program "
+                    f"reads {value!r} only; install a newer tokenlabel release"
+                )
+        if len(settings.levels) != 1:
             raise StoreFormatError(
-                f"{where}: the settings do not match their fingerprint; the file was changed"
+                f"{where}: the store has {len(settings.levels)} maps an image, this program "
+                "reads 1; install a newer tokenlabel release"
             )
         return manifest
 

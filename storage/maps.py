@@ -74,9 +74,19 @@ def encode_shard(settings: Settings, shard: int, entries: NDArray[np.uint32]) ->
 
 
 class ShardFile:
-    """One shard object, read sample by sample with `pread`; safe to share between threads."""
+    """One shard object, read sample by sample with `pread`; safe to share between threads.
 
-    def __init__(self, path: Path, settings: Settings, shard: int) -> None:
+    Args:
+        path: the object.
+        settings: of the store.
+        shard: its number.
+        size: bytes that were committed, where they were.
+
+    Raises:
+        CorruptStoreError: it is missing, or its index is damaged.
+    """
+
+    def __init__(self, path: Path, settings: Settings, shard: int, size: int | None = None) -> None:
         self._path = path
         self._shape = (settings.top_k, *settings.grid)
         self._rows = settings.shard_rows(shard)
@@ -85,6 +95,8 @@ class ShardFile:
         except OSError as error:
             raise CorruptStoreError(f"{path}: {(error.strerror or str(error)).lower()}") from error
         self._size = os.fstat(self._descriptor).st_size
+        if size not in {None, self._size}:
+            raise CorruptStoreError(f"{path}: {self._size} bytes, {size} were committed")
         length = settings.shard_size * 16 + _CRC_BYTES
         index = self._pread(length, self._size - length, "its index")
         # (offset, length) of each chunk, both uint64 [shard_size]
@@ -120,7 +132,11 @@ class ShardFile:
             raise CorruptStoreError(
                 f"{self._path}: {what} lies beyond the end of the file ({self._size} bytes)"
             )
-        return os.pread(self._descriptor, length, offset)
+        try:
+            return os.pread(self._descriptor, length, offset)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise CorruptStoreError(f"{self._path}: cannot read {what}: {reason}") from error
 
     def _checked(self, data: bytes, what: str) -> bytes:
         body, stored = data[:-_CRC_BYTES], data[-_CRC_BYTES:]

@@ -97,7 +97,7 @@ class Plan:
 
     def row(self, key: str) -> int | None:
         """The row of a key, or None where no row has it."""
-        wanted = np.uint64(_hash(key.encode(errors="surrogateescape")))
+        wanted = np.uint64(_hash(key.encode(errors="surrogatepass")))
         place = int(np.searchsorted(self.hashes, wanted))
         while place < len(self.hashes) and self.hashes[place] == wanted:
             row = int(self.hash_rows[place])
@@ -152,7 +152,25 @@ class Plan:
         rows = len(plan)
         if not rows == len(plan.targets) == len(plan.hashes) == len(plan.hash_rows):
             raise StoreFormatError(f"{where}: the columns differ in length")
+        if not plan._is_consistent():
+            raise StoreFormatError(f"{where}: not the plan of a label store: columns disagree")
         return plan
+
+    def _is_consistent(self) -> bool:
+        """Whether every key is text within the bytes, and the hash table covers every row once."""
+        ends = self.key_ends
+        if (np.diff(ends, prepend=0) < 0).any() or (ends[-1:] != len(self.key_bytes)).any():
+            return False
+        try:
+            self.key_bytes.tobytes().decode()
+        except UnicodeDecodeError:
+            return False
+        starts = self.key_bytes[ends[:-1][ends[:-1] < len(self.key_bytes)]]
+        return not (
+            (starts & 0xC0 == 0x80).any()  # a key would start inside a character
+            or (self.hashes[1:] < self.hashes[:-1]).any()
+            or (np.sort(self.hash_rows) != np.arange(len(self))).any()
+        )
 
 
 def _hash(key: bytes) -> int:

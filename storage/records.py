@@ -5,9 +5,7 @@ names both with their hashes. The record is a function of the two objects alone,
 writes it, whenever, writes the same bytes.
 """
 
-import hashlib
 import io
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,32 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CorruptStoreError
-from .manifest import canonical_json
+from .objects import ObjectRef, seal, unseal
 
 __all__ = [
     "FAILED",
     "LABELLED",
-    "ObjectRef",
     "RowTable",
     "ShardRecord",
 ]
 
 LABELLED = 0
 FAILED = 1
-
-
-@dataclass(frozen=True)
-class ObjectRef:
-    """A published object as a record names it: name, SHA-256 and size in bytes."""
-
-    name: str
-    sha256: str
-    size: int
-
-    @classmethod
-    def of(cls, name: str, data: bytes) -> Self:
-        """Describe an object."""
-        return cls(name, hashlib.sha256(data).hexdigest(), len(data))
 
 
 _COLUMNS: Mapping[str, tuple[type[np.generic], tuple[str, ...]]] = {
@@ -169,8 +152,8 @@ class ShardRecord:
         return cls(shard, start, stop, entries, rows, failures, kl_quantization, kl_full)
 
     def to_bytes(self) -> bytes:
-        """The record as canonical JSON."""
-        return canonical_json(asdict(self))
+        """The record as sealed JSON."""
+        return seal(asdict(self))
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> Self:
@@ -180,9 +163,9 @@ class ShardRecord:
             CorruptStoreError: the bytes are no record.
         """
         try:
-            found = json.loads(data)
+            found = unseal(data)
             found["entries"] = ObjectRef(**found["entries"])
             found["rows"] = ObjectRef(**found["rows"])
             return cls(**found)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise CorruptStoreError(f"{where}: damaged commit record: {error}") from error

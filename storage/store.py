@@ -5,6 +5,7 @@ store object can be pickled and used after fork or spawn: files are opened lazil
 position.
 """
 
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,10 @@ from .label_map import LabelBatch, LabelMap
 from .layout import (
     committed_shards,
     read_manifest,
+    read_object,
     read_plan,
     read_record,
-    read_rows,
+    row_table,
     shard_object,
 )
 from .maps import ShardFile
@@ -114,7 +116,8 @@ class LabelStore:
             )
         labelled = np.zeros(settings.rows, dtype=bool)
         self.failures: dict[str, str] = {}
-        records = [read_record(self._folder, shard) for shard in committed]
+        self._records = {s: read_record(self._folder, settings, s) for s in committed}
+        records = self._records.values()
         for record in records:
             labelled[record.start : record.stop] = True
             for row, reason in record.failures.items():
@@ -127,7 +130,6 @@ class LabelStore:
             sum(n * r.kl_quantization for n, r in zip(counts, records, strict=True)) / total,
             sum(n * r.kl_full for n, r in zip(counts, records, strict=True)) / total,
         )
-        self._committed = frozenset(committed)
         self._rows: NDArray[np.int64] = np.flatnonzero(labelled)
         self._shard_file = lru_cache(_OPEN_SHARDS)(self._open_shard)
         self._row_table = lru_cache(_OPEN_SHARDS)(self._read_rows)
@@ -153,7 +155,7 @@ class LabelStore:
     @property
     def committed_shards(self) -> int:
         """How many of the manifest's `settings.num_shards` shards are there."""
-        return len(self._committed)
+        return len(self._records)
 
     def keys(self) -> Iterator[str]:
         """Keys of the labelled samples, in index order."""
@@ -205,7 +207,7 @@ class LabelStore:
             CorruptStoreError: stored bytes are not what was committed.
         """
         settings = self.manifest.settings
-        rows = [self._row(int(index)) for index in indices]
+        rows = [self._row(operator.index(index)) for index in indices]
         entries = np.empty((len(rows), settings.top_k, *settings.grid), dtype=np.uint32)
         boxes = np.tile(np.array([0.0, 0.0, 1.0, 1.0]), (len(rows), 1))
         for place, row in enumerate(rows):
@@ -250,10 +252,12 @@ class LabelStore:
         return index if index < len(self) and self._rows[index] == row else None
 
     def _open_shard(self, shard: int) -> ShardFile:
-        return ShardFile(self._folder.path(shard_object(shard)), self.manifest.settings, shard)
+        path, size = self._folder.path(shard_object(shard)), self._records[shard].entries.size
+        return ShardFile(path, self.manifest.settings, shard, size)
 
     def _read_rows(self, shard: int) -> RowTable:
-        return read_rows(self._folder, self.manifest.settings, shard)
+        data = read_object(self._folder, self._records[shard].rows)
+        return row_table(self._folder, self.manifest.settings, shard, data)
 
 
 def _reopen(path: Path, allow_partial: bool) -> LabelStore:

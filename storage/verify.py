@@ -1,6 +1,5 @@
 """Checking a store byte by byte against its own records, and its keys against a source."""
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,22 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .encoding import unpack_entries
-from .errors import CorruptStoreError, TokenLabelError
+from .errors import CorruptStoreError, InvalidLabelError, TokenLabelError
 from .folder import StoreFolder
+from .label_map import GridView
 from .layout import (
     MAPS,
     committed_shards,
     read_manifest,
+    read_object,
     read_plan,
     read_record,
-    read_rows,
     record_object,
+    row_table,
     rows_object,
     shard_object,
 )
 from .manifest import Settings
 from .maps import ShardFile, maps_metadata
-from .records import LABELLED, ObjectRef, RowTable, ShardRecord
+from .objects import ObjectRef
+from .records import FAILED, LABELLED, RowTable, ShardRecord
 
 __all__ = ["verify"]
 
@@ -38,7 +40,7 @@ def verify(
 
     Checked are the manifest, the plan, Zarr's metadata, that every shard is committed, the hash
     and size of every object, that each record says what its objects say, and that every class
-    id, rank order and empty entry is as the format has it.
+    id, rank order, empty entry and view is as the format has it.
 
     Args:
         path: the store's folder.
@@ -47,7 +49,8 @@ def verify(
     """
     folder = StoreFolder(Path(path))
     try:
-        settings = read_manifest(folder).settings
+        manifest = read_manifest(folder)
+        settings = manifest.settings
         plan = read_plan(folder, settings)
     except TokenLabelError as error:
         yield str(error)  # without these nothing else can be judged
@@ -60,9 +63,8 @@ def verify(
             found.discard(key)
         for key in sorted(found):
             yield f"{key}: in the source, not in the store"
-    for name in maps_metadata(settings):
-        if not folder.exists(name):
-            yield f"{folder.path(name)}: missing; other Zarr readers cannot open the store"
+    for ref in manifest.objects:
+        yield from _object_faults(folder, ref)
     committed = committed_shards(folder)
     yield from _strangers(folder, settings, committed)
     for done, shard in enumerate(range(settings.num_shards), start=1):
@@ -92,51 +94,74 @@ def _strangers(folder: StoreFolder, settings: Settings, committed: list[int]) ->
             )
 
 
+def _object_faults(folder: StoreFolder, ref: ObjectRef) -> Iterator[str]:
+    try:
+        read_object(folder, ref)
+    except TokenLabelError as error:
+        yield str(error)
+
+
 def _shard_faults(folder: StoreFolder, settings: Settings, shard: int) -> Iterator[str]:
     try:
-        record = read_record(folder, shard)
-        for expected, ref in (
-            (shard_object(shard), record.entries),
-            (rows_object(shard), record.rows),
-        ):
-            _check_object(folder, expected, ref)
-        table = read_rows(folder, settings, shard)
+        record = read_record(folder, settings, shard)
+        where = folder.path(record_object(shard))
+        named = (record.entries.name, record.rows.name)
+        if named != (shard_object(shard), rows_object(shard)):
+            raise CorruptStoreError(f"{where}: names {named}, which are not the shard's objects")
+        changed = [
+            *_object_faults(folder, record.entries),
+            *_object_faults(folder, record.rows),
+        ]
+        if changed:
+            yield from changed
+            return
+        table = row_table(folder, settings, shard, folder.read(rows_object(shard)))
         file = ShardFile(folder.path(shard_object(shard)), settings, shard)
         entries = np.stack([file.entries(row) for row in settings.shard_rows(shard)])
     except CorruptStoreError as error:
         yield str(error)
         return
-    start = settings.shard_rows(shard).start
-    if record != ShardRecord.of(shard, start, record.entries, record.rows, table):
-        yield f"{folder.path(record_object(shard))}: the record does not fit its row table"
-    where = str(folder.path(shard_object(shard)))
-    yield from _value_faults(settings, where, start, entries, table)
-
-
-def _check_object(folder: StoreFolder, expected: str, ref: ObjectRef) -> None:
-    path = folder.path(expected)
-    if ref.name != expected:
-        raise CorruptStoreError(f"{path}: the record names {ref.name!r} instead")
-    data = folder.read(expected)
-    if len(data) != ref.size:
-        raise CorruptStoreError(f"{path}: {len(data)} bytes, {ref.size} were committed")
-    if hashlib.sha256(data).hexdigest() != ref.sha256:
-        raise CorruptStoreError(f"{path}: the SHA-256 is not the one that was committed")
+    if record != ShardRecord.of(shard, record.start, record.entries, record.rows, table):
+        yield f"{where}: the record does not fit its row table"
+    yield from _value_faults(folder, settings, shard, entries, table)
 
 
 def _value_faults(
-    settings: Settings, where: str, start: int, entries: NDArray[np.uint32], table: RowTable
+    folder: StoreFolder,
+    settings: Settings,
+    shard: int,
+    entries: NDArray[np.uint32],
+    table: RowTable,
 ) -> Iterator[str]:
     class_ids, steps = unpack_entries(entries)  # [S, K, H, W]
+    labelled = table.status == LABELLED
     over_cells = (1, 2, 3)
-    faults = {
+    in_entries = {
         "a class id is out of range": (class_ids >= settings.num_classes).any(axis=over_cells),
         "scores are not in rank order": (steps[:, 1:] > steps[:, :-1]).any(axis=over_cells),
         "an empty entry has a class id": ((steps == 0) & (class_ids != 0)).any(axis=over_cells),
-        "labelled, but a cell has no class": (table.status == LABELLED)
-        & (steps[:, 0] == 0).any(axis=(1, 2)),
-        "failed, but holds scores": (table.status != LABELLED) & steps.any(axis=over_cells),
+        "labelled, but a cell has no class": labelled & (steps[:, 0] == 0).any(axis=(1, 2)),
+        "failed, but holds scores": ~labelled & steps.any(axis=over_cells),
     }
-    for fault, rows in faults.items():
-        for row in np.flatnonzero(rows):
-            yield f"{where}: row {start + row}: {fault}"
+    pooled = table.pooled_ids
+    in_table = {
+        "unknown status": table.status > FAILED,
+        "a pooled class id is out of range": labelled
+        & ((pooled < 0) | (pooled >= settings.num_classes)).any(axis=1),
+        "labelled, but its view is no box on the image": labelled
+        & ~np.array([_is_view(box) for box in table.boxes.tolist()]),
+    }
+    start = settings.shard_rows(shard).start
+    for name, faults in ((shard_object(shard), in_entries), (rows_object(shard), in_table)):
+        for fault, rows in faults.items():
+            for row in np.flatnonzero(rows):
+                yield f"{folder.path(name)}: row {start + row}: {fault}"
+
+
+def _is_view(box: list[float]) -> bool:
+    x0, y0, x1, y1 = box
+    try:
+        GridView((x0, y0, x1, y1))
+    except InvalidLabelError:
+        return False
+    return True

@@ -4,29 +4,30 @@ Any number of writers may commit to one store at once. What a shard's record say
 the first object that was published, never by who comes last.
 """
 
-from dataclasses import asdict, dataclass
+import json
+from dataclasses import asdict, dataclass, replace
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import CorruptStoreError, SettingsError
+from .errors import CorruptStoreError, InvalidLabelError, SettingsError
 from .folder import StoreFolder
 from .layout import (
-    MAPS,
     committed_shards,
     plan_object,
     read_manifest,
     read_plan,
-    read_rows,
     record_object,
+    row_table,
     rows_object,
     shard_object,
 )
 from .manifest import MANIFEST, Manifest, Settings, differences
 from .maps import ShardFile, encode_shard, maps_metadata
+from .objects import ObjectRef, canonical_json
 from .plan import Plan
-from .records import LABELLED, ObjectRef, RowTable, ShardRecord
+from .records import LABELLED, RowTable, ShardRecord
 
 __all__ = ["StoreWriter"]
 
@@ -57,18 +58,16 @@ class StoreWriter:
                 strangers = sorted(
                     entry.name
                     for entry in folder.root.iterdir()
-                    if not entry.name.startswith(("plan.", ".tmp")) and entry.name != MAPS
+                    if not entry.name.startswith(("plan.", ".tmp"))
                 )
                 if strangers:
                     raise SettingsError(
                         f"{folder}: the folder holds other files ({strangers[0]!r}); "
                         "choose a new or an empty folder"
                     )
-            folder.publish(plan_object(settings), plan.to_bytes())
-            for name, data in maps_metadata(settings).items():
-                folder.publish(name, data)
-            folder.publish(MANIFEST, manifest.to_bytes())
-        stored = read_manifest(folder).settings
+            _begin(folder, manifest, plan)
+        begun = read_manifest(folder)
+        stored = begun.settings
         if stored.plan_sha256 != settings.plan_sha256:
             raise SettingsError(
                 f"{folder}: the source is not the one the store was begun with: "
@@ -76,11 +75,13 @@ class StoreWriter:
                 "Bring the source back as it was, or write to another folder"
             )
         if stored.fingerprint() != settings.fingerprint():
-            changed = "; ".join(differences(asdict(stored), asdict(settings)))
+            asked = json.loads(canonical_json(asdict(settings)))  # as it would be stored
+            changed = "; ".join(differences(asdict(stored), asked))
             raise SettingsError(
                 f"{folder}: the store was made with other settings ({changed}). "
                 "Run with its settings to continue it, or write to another folder"
             )
+        _lay_out(folder, begun)
         folder.clean()
         return cls(folder, settings)
 
@@ -102,15 +103,22 @@ class StoreWriter:
         Raises:
             PublishError: the store cannot be written.
             CorruptStoreError: an earlier writer's objects are damaged or contradict each other.
+            InvalidLabelError: the entries or the table have not the shard's shape.
         """
         rows = self.settings.shard_rows(shard)
+        shape = (len(rows), self.settings.top_k, *self.settings.grid)
+        if entries.shape != shape or entries.dtype != np.uint32 or len(table.status) != len(rows):
+            raise InvalidLabelError(
+                f"shard {shard} takes uint32 entries of shape {shape} and a table of {len(rows)} "
+                f"rows, got {entries.dtype} {entries.shape} and {len(table.status)} rows"
+            )
         data = encode_shard(self.settings, shard, entries)
         if not self.folder.publish(shard_object(shard), data):
             data, entries = self._published_entries(shard, data, entries)
         columns = table.to_bytes()
         if not self.folder.publish(rows_object(shard), columns):
             columns = self.folder.read(rows_object(shard))
-            table = read_rows(self.folder, self.settings, shard)
+            table = row_table(self.folder, self.settings, shard, columns)
         self._check_agreement(shard, entries, table)
         record = ShardRecord.of(
             shard,
@@ -140,3 +148,31 @@ class StoreWriter:
                 f"rows than {self.folder.path(rows_object(shard)).name} says; neither is "
                 "committed: delete both and run the same command again"
             )
+
+
+def _begin(folder: StoreFolder, manifest: Manifest, plan: Plan) -> None:
+    """Publish plan and manifest of a new store; where several begin one, one manifest wins."""
+    settings = manifest.settings
+    name, data = plan_object(settings), plan.to_bytes()
+    if not folder.publish(name, data):
+        data = folder.read(name)
+    objects = {name: data, **maps_metadata(settings)}
+    refs = tuple(ObjectRef.of(name, data) for name, data in objects.items())
+    folder.publish(MANIFEST, replace(manifest, objects=refs).to_bytes())
+
+
+def _lay_out(folder: StoreFolder, manifest: Manifest) -> None:
+    """Publish Zarr's metadata, unless it is there.
+
+    Only once a manifest has settled the shapes: the metadata of another run, begun at the same
+    time or stopped before its manifest, would stay for good.
+    """
+    metadata = maps_metadata(manifest.settings)
+    for ref in manifest.objects:
+        if ref.name in metadata and not folder.exists(ref.name):
+            if ObjectRef.of(ref.name, metadata[ref.name]) != ref:
+                raise SettingsError(
+                    f"{folder.path(ref.name)}: missing, and this release of zarr would write "
+                    "another one; continue with the release that the manifest names"
+                )
+            folder.publish(ref.name, metadata[ref.name])

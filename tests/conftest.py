@@ -52,11 +52,14 @@ def photo_store(
 
 
 def tree_digest(root: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by its path."""
+    """SHA-256 of every object of a store, by its name.
+
+    Scratch files do not count: workers that outlived a killed driver may be writing theirs.
+    """
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))
-        if path.is_file()
+        if path.is_file() and ".tmp" not in path.parts
     }
 
 

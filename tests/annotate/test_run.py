@@ -263,6 +263,16 @@ def test_views_are_stored_with_each_map(images: Path, tmp_path: Path) -> None:
         assert store.read([0]).boxes[0].tolist() == [x0, y0, x1, y1]
 
 
+def test_padding_does_not_depend_on_the_images_before(photos: Path, tmp_path: Path) -> None:
+    settings = SMALL | {"view": "letterbox", "batch_size": 1}
+    annotate(photos, tmp_path / "all", **settings)
+    alone = ImageFiles([("sunset", photos / "sunset_by_Aitzol_Berasategi.jpg")])
+    annotate(alone, tmp_path / "alone", **settings)
+    among = open_store(tmp_path / "all")["sunset_by_Aitzol_Berasategi.jpg"]
+    assert np.array_equal(among.logits, open_store(tmp_path / "alone")["sunset"].logits)
+    assert np.array_equal(among.class_ids, open_store(tmp_path / "alone")["sunset"].class_ids)
+
+
 def test_a_dry_run_writes_nothing(images: Path, tmp_path: Path) -> None:
     summary = annotate(images, tmp_path / "labels", dry_run=True, **SMALL)
     assert (summary.samples, summary.settings.num_shards) == (10, 3)
