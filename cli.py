@@ -291,9 +291,9 @@ def verify(store: Path, source: Path | None) -> None:
 
     keys = None
     if source is not None:
-        from .annotate import ImageFolder
+        from .images import image_keys
 
-        keys = [key for key, _ in ImageFolder(source).samples()]
+        keys = list(image_keys(source))
     faults = 0
     with _progress("shards") as progress:
         for fault in storage.verify(store, keys, progress):
