@@ -5,6 +5,7 @@ status: 0 done; 1 an error, or faults found by `verify`; 2 wrong usage; 3 done, 
 could not be labelled; 130 interrupted.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,16 +34,19 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 - click's own signature
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Stopped before any work was begun.", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
         except Exception as error:
             if isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
                 raise
+            from .inspection import printable
             from .storage.errors import TokenLabelError
 
             if not isinstance(error, TokenLabelError):
                 raise
-            click.echo(f"Error: {' '.join(str(error).split())}", err=True)
-            interrupted = type(error).__name__ == "InterruptedRunError"
-            ctx.exit(EXIT_INTERRUPTED if interrupted else 1)
+            click.echo(f"Error: {printable(' '.join(str(error).split()))}", err=True)
+            ctx.exit(error.exit_status)
 
 
 def _image_size(value: str) -> tuple[int, int]:
@@ -62,6 +66,8 @@ def _cell(value: str) -> tuple[int, int]:
 def _box(value: str) -> tuple[float, float, float, float]:
     try:
         x0, y0, x1, y1 = (float(part) for part in value.split(","))
+        if not all(map(math.isfinite, (x0, y0, x1, y1))):
+            raise ValueError(value)
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a box such as 0.2,0.1,0.7,0.9") from None
     return x0, y0, x1, y1
@@ -146,7 +152,9 @@ def main() -> None:
     type=click.Path(path_type=Path),
     help="A text file with one class name a line, in the annotator's order.",
 )
-@click.option("--dry-run", is_flag=True, help="Plan and check everything, write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check source, model and an earlier store; write nothing."
+)
 def annotate(
     source: Path,
     out: Path,
@@ -167,6 +175,7 @@ def annotate(
       tokenlabel annotate photos labels --model my_package.clip:annotator --workers 0
     """
     from . import annotate as annotation
+    from .inspection import printable
     from .storage import open_store
 
     with _progress("images") as progress:
@@ -189,15 +198,16 @@ def annotate(
         return
     if done.already_done:
         click.echo(f"{done.already_done} of {done.samples} images were done before.")
-    rate = done.labelled / done.seconds if done.seconds else 0.0
-    click.echo(
-        f"{done.labelled} images labelled in {done.seconds:.1f} s ({rate:.1f} images/s): "
-        f"{maps}, {done.size / max(done.labelled, 1):,.0f} bytes an image."
-    )
+    if done.labelled:
+        click.echo(
+            f"{done.labelled} images labelled in {done.seconds:.1f} s "
+            f"({done.labelled / done.seconds:.1f} images/s): "
+            f"{maps}, {done.size / done.labelled:,.0f} bytes an image."
+        )
     click.echo(f"The store is {out}; look into it with: tokenlabel info {out}")
     failures = open_store(out).failures
     for key, reason in list(failures.items())[:_FAILURES_SHOWN]:
-        click.echo(f"Failed: {source / key}: {reason}", err=True)
+        click.echo(printable(f"Failed: {source / key}: {reason}"), err=True)
     if failures:
         click.echo(f"{len(failures)} of {done.samples} images have no label.", err=True)
         sys.exit(EXIT_FAILED_IMAGES)
@@ -256,6 +266,8 @@ def inspect(
     """
     if (png is None) != (image is None) or ((crop or flip) and png is None):
         raise click.UsageError("a picture needs --png and --image; --crop and --flip are for them")
+    if png is not None and cell is not None:
+        raise click.UsageError("--cell is shown in the terminal; leave it out for a picture")
     from .inspection import cell_view, map_view, sample_view
     from .storage import open_store
 
@@ -288,6 +300,7 @@ def verify(store: Path, source: Path | None) -> None:
       tokenlabel verify labels --source photos
     """
     from . import storage
+    from .inspection import printable
 
     keys = None
     if source is not None:
@@ -298,7 +311,7 @@ def verify(store: Path, source: Path | None) -> None:
     with _progress("shards") as progress:
         for fault in storage.verify(store, keys, progress):
             faults += 1
-            click.echo(fault)
+            click.echo(printable(fault))
     if faults:
         click.echo(f"{faults} faults in {store}.", err=True)
         sys.exit(1)
@@ -308,10 +321,10 @@ def verify(store: Path, source: Path | None) -> None:
 
 
 def _photo(path: Path) -> "Image":
-    from .images import decode
+    from .images import decode, read_image
 
     try:
-        return decode(path.read_bytes())[0]
+        return decode(read_image(path))[0]
     except OSError as error:
         raise click.BadParameter(f"{path}: {error}", param_hint="--image") from error
 
@@ -372,7 +385,9 @@ def _progress(unit: str) -> Iterator[Callable[[int, int], None]]:
 
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), unit, Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    # Progress comes shard by shard, so the rate must be taken over more than one.
+    period, silent = 3600, not console.is_terminal
+    with Progress(*columns, console=console, disable=silent, speed_estimate_period=period) as bar:
         task = bar.add_task(unit, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -17,7 +17,7 @@ from .storage import LabelMap, LabelStore, SampleInfo
 from .storage.errors import SettingsError
 from .storage.manifest import Manifest
 
-__all__ = ["PALETTE", "cell_view", "map_view", "sample_view", "store_view"]
+__all__ = ["PALETTE", "cell_view", "map_view", "printable", "sample_view", "store_view"]
 
 # Okabe and Ito's palette, distinguishable with any common colour blindness, with the text
 # colour that reads on each.
@@ -33,6 +33,12 @@ PALETTE = (
 )
 _OTHER = Style(color="#9a9a9a")
 _BAR = 30
+_FAILURES_SHOWN = 10
+
+
+def printable(text: str) -> str:
+    """The text with what could upset a terminal or a line spelled out; file names may hold it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def store_view(store: LabelStore) -> RenderableType:
@@ -79,7 +85,10 @@ def store_view(store: LabelStore) -> RenderableType:
     )
     created = ", ".join(f"{name} {number}" for name, number in manifest.created_with.items())
     table.add_row("created with", created)
-    failed = [Text(f"failed: {key}: {why}") for key, why in list(store.failures.items())[:10]]
+    failed = [
+        Text(printable(f"failed: {key}: {why}"))
+        for key, why in list(store.failures.items())[:_FAILURES_SHOWN]
+    ]
     if len(store.failures) > len(failed):
         failed.append(Text(f"... and {len(store.failures) - len(failed)} more"))
     return Group(table, *failed)
@@ -88,7 +97,7 @@ def store_view(store: LabelStore) -> RenderableType:
 def sample_view(info: SampleInfo, manifest: Manifest) -> RenderableType:
     """One paragraph on a sample: size, folder class, the annotator's pooled answer."""
     pooled = ", ".join(f"{manifest.class_name(c)} {p:.0%}" for c, p in info.pooled)
-    lines = [f"{info.key}  {info.size[0]}x{info.size[1]} pixels"]
+    lines = [f"{printable(info.key)}  {info.size[0]}x{info.size[1]} pixels"]
     if info.orientation != 1:
         lines[0] += f", stored with EXIF orientation {info.orientation}"
     if info.target is not None:

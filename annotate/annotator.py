@@ -86,14 +86,22 @@ class TimmNetwork(nn.Module):
         return features.permute(0, 2, 3, 1)[..., None, None]
 
     def _token_locations(self, features: Tensor) -> Tensor:
-        prefix = int(getattr(self.model, "num_prefix_tokens", 0))
         batch, tokens, channels = features.shape
-        tokens -= prefix
-        height, width = _token_grid(self.model, tokens, self._input_size)
-        patches = features[:, prefix:].reshape(batch, height, width, 1, channels)
+        prefix = int(getattr(self.model, "num_prefix_tokens", 0))
+        grid = _token_grid(self.model, tokens - prefix, self._input_size)
+        if grid is None and prefix == 0 and getattr(self.model, "cls_token", None) is not None:
+            prefix = 1  # VOLO and CoaT have a class token and do not count it
+            grid = _token_grid(self.model, tokens - prefix, self._input_size)
+        if grid is None:
+            raise AnnotatorError(
+                f"{type(self.model).__name__}: {tokens} tokens, {prefix} of them class tokens, "
+                f"form no grid on input {self._input_size[0]}x{self._input_size[1]}; wrap the "
+                "network with DenseAnnotator.from_callable and name it by --model module:factory"
+            )
+        patches = features[:, prefix:].reshape(batch, *grid, 1, channels)
         # The head may pool by the first token, by the mean of those after the prefix or by
         # attention: over copies of one token each of them gives that token.
-        return patches.expand(batch, height, width, prefix + 1, channels)
+        return patches.expand(batch, *grid, prefix + 1, channels)
 
     def classify(self, vectors: Tensor) -> Tensor:
         """Timm's `forward_head` on single locations."""
@@ -160,7 +168,13 @@ class DenseAnnotator:
     def __post_init__(self) -> None:
         if not 2 <= self.num_classes <= MAX_CLASSES:
             raise AnnotatorError(
-                f"an annotator needs 2 to {MAX_CLASSES} classes, got {self.num_classes}"
+                f"{self.name}: an annotator needs 2 to {MAX_CLASSES} classes, this one has "
+                f"{self.num_classes}; take a model with a classifier, or weights that bring one"
+            )
+        if len(self.class_names or []) not in {0, self.num_classes}:
+            raise AnnotatorError(
+                f"{self.name}: {len(self.class_names or [])} class names for "
+                f"{self.num_classes} classes"
             )
         if isinstance(self.network, nn.Module):
             self.network.eval()
@@ -205,56 +219,66 @@ class DenseAnnotator:
         if isinstance(self.network, nn.Module):
             self.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.identity.get("model") or self.identity["name"])
+
     @torch.inference_mode()
     def _probe(self) -> None:
         """Find the grid, and hold the dense answer against the pooled one."""
         height, width = self.preprocessing.input_size
         noise = torch.Generator().manual_seed(0)
         images = torch.randn((_PROBE_IMAGES, 3, height, width), generator=noise)
-        name = self.identity.get("model") or self.identity["name"]
         try:
             features = self.network.features(images)
             cells = self.network.locations(features)
-        except (RuntimeError, AssertionError, IndexError) as error:
+            self.grid = (cells.shape[1], cells.shape[2])
+            scores = self.network.classify(cells.flatten(0, 2))
+            if cells.shape[0] != _PROBE_IMAGES or scores.shape[1:] != (self.num_classes,):
+                raise AnnotatorError(
+                    f"{self.name}: expected scores of {self.num_classes} classes, [B, C, H, W]; "
+                    f"got scores {tuple(scores.shape)} from features {tuple(features.shape)}"
+                )
+            if isinstance(self.network, TimmNetwork):
+                self._check_head(self.network, features, cells, scores)
+        except AnnotatorError:
+            raise
+        except Exception as error:
             raise AnnotatorError(
-                f"{name}: cannot be run on input of {height}x{width} pixels: {error}"
+                f"{self.name}: cannot be run densely on input of {height}x{width} pixels: "
+                f"{type(error).__name__}: {error}"
             ) from error
-        self.grid = (cells.shape[1], cells.shape[2])
-        scores = self.network.classify(cells.flatten(0, 2))
-        if cells.shape[0] != _PROBE_IMAGES or scores.shape[1] != self.num_classes:
-            raise AnnotatorError(
-                f"{name}: expected scores of {self.num_classes} classes, [B, C, H, W]; "
-                f"got {scores.shape[1]} classes on features of shape {tuple(features.shape)}"
-            )
-        if len(self.class_names or []) not in {0, self.num_classes}:
-            raise AnnotatorError(
-                f"{name}: {len(self.class_names or [])} class names for {self.num_classes} classes"
-            )
         if height % self.grid[0] or width % self.grid[1]:
             self.notes.append(
                 f"input {height}x{width} is no multiple of the {self.grid[0]}x{self.grid[1]} "
                 "grid; cells lie up to half a cell off. Choose a multiple of the model's stride"
             )
-        if isinstance(self.network, TimmNetwork):
-            self._check_head(name, features, cells, scores)
 
-    def _check_head(self, name: str, features: Tensor, cells: Tensor, scores: Tensor) -> None:
-        network = cast("TimmNetwork", self.network)
+    def _check_head(
+        self, network: TimmNetwork, features: Tensor, cells: Tensor, scores: Tensor
+    ) -> None:
+        """Where a network pools by averaging, its dense and its own answer must be tied.
+
+        Its head, given the average location, must answer what the network answers. For a linear
+        head that is the mean over the locations' scores.
+        """
         if not network.averages():
             self.notes.append(
-                f"{name} does not pool by averaging its locations, so nothing ties its dense "
+                f"{self.name} does not pool by averaging its locations, so nothing ties its dense "
                 "scores to its own output; look at a few maps before trusting them"
             )
             return
+        average = network.classify(cells.flatten(1, 2).mean(dim=1))
         middle = network.classify((cells[0, 0, :1] + cells[1, -1, -1:]) / 2)
-        corners = (scores[:1] + scores[-1:]) / 2
-        if _relative_difference(middle, corners) > _TOLERANCE:
-            return  # not a linear head: the mean over locations need not be the model's output
-        mean = scores.reshape(_PROBE_IMAGES, -1, self.num_classes).mean(dim=1)
-        difference = _relative_difference(mean, network.pooled(features))
+        is_linear = _relative_difference(middle, (scores[:1] + scores[-1:]) / 2) <= _TOLERANCE
+        if is_linear:
+            average = scores.reshape(_PROBE_IMAGES, -1, self.num_classes).mean(dim=1)
+        difference = _relative_difference(average, network.pooled(features))
         if not difference <= _TOLERANCE:
+            what = "mean over locations" if is_linear else "head's answer to the average location"
             raise AnnotatorError(
-                f"{name}: the mean over locations differs from the model's own output by "
+                f"{self.name}: the {what} differs from the model's own output by "
                 f"{difference:.2g} (at most {_TOLERANCE:g} is allowed), so it cannot be run "
                 "densely as it is; wrap it with DenseAnnotator.from_callable"
             )
@@ -265,14 +289,14 @@ def _relative_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / scale)
 
 
-def _token_grid(model: Any, tokens: int, input_size: tuple[int, int]) -> tuple[int, int]:  # noqa: ANN401 - timm's models share no type
+def _token_grid(model: Any, tokens: int, input_size: tuple[int, int]) -> tuple[int, int] | None:  # noqa: ANN401 - timm's models share no type
+    """(H, W) of a model's tokens; None where they form no grid of the input's shape."""
+    if tokens < 2:
+        return None  # a single token is a class token, such as PiT's, and no map
     stated = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if stated is not None and stated[0] * stated[1] == tokens:
         return int(stated[0]), int(stated[1])
     height, width = input_size
     rows = round((tokens * height / width) ** 0.5)
-    if rows < 1 or rows * (tokens // rows) != tokens:
-        raise AnnotatorError(
-            f"{type(model).__name__}: {tokens} tokens form no grid on input {height}x{width}"
-        )
-    return rows, tokens // rows
+    columns = round(rows * width / height)
+    return (rows, columns) if rows * columns == tokens else None

@@ -121,7 +121,10 @@ def timm_annotator(
         raise AnnotatorError(f"timm has no model {model!r}; {hint}")
     weights = _read_checkpoint(Path(checkpoint)) if checkpoint else None
     pretrained = pretrained and weights is None
-    known = timm.get_pretrained_cfg(model)
+    try:
+        known = timm.get_pretrained_cfg(model)
+    except RuntimeError as error:  # a known model, an unknown tag
+        raise AnnotatorError(f"{model}: {_one_line(error)}") from error
     options: dict[str, Any] = {}
     if weights is not None and known is not None:
         options["num_classes"] = _classes_of(weights, known.classifier)

@@ -15,3 +15,5 @@ class ShardsFailedError(TokenLabelError, RuntimeError):
 
 class InterruptedRunError(TokenLabelError, RuntimeError):
     """A run that was stopped from outside; what it committed is kept."""
+
+    exit_status = 130

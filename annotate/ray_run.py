@@ -16,6 +16,7 @@ from typing import Any
 import ray
 
 from ..storage.errors import TokenLabelError
+from .signals import sigterm_interrupts
 from .worker import Receipt, Run, ShardWorker
 
 __all__ = ["Quarantined", "run_on_ray"]
@@ -77,7 +78,8 @@ def run_on_ray(run: Run, shards: Sequence[int], workers: int) -> Iterator[Receip
             object_store_memory=_OBJECT_STORE_BYTES,
         )
     try:
-        yield from _Pool(run, workers).annotate(shards)
+        with sigterm_interrupts():  # only now: starting Ray sets a handler of its own
+            yield from _Pool(run, workers).annotate(shards)
     finally:
         if started:
             ray.shutdown()

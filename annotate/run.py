@@ -20,6 +20,7 @@ from .annotator import DenseAnnotator
 from .build import AnnotatorSpec
 from .errors import InterruptedRunError, ShardsFailedError
 from .ray_run import Quarantined, run_on_ray
+from .signals import sigterm_interrupts
 from .sources import ImageFolder, ImageSource
 from .views import VIEWS, View
 from .worker import Precision, Receipt, Run, ShardWorker
@@ -145,15 +146,16 @@ def annotate(
         top_k=min(top_k, annotator.num_classes - 1),
         step=DEFAULT_STEP,
         profile="fast",
-        batch_size=batch_size,
+        batch_size=min(batch_size, shard_size, len(plan)),  # a batch is always padded to full
         shard_size=min(shard_size, len(plan)),
         rows=len(plan),
         plan_sha256=plan.digest(),
     )
-    if dry_run:
-        return Summary(folder.root, settings, annotator.notes, len(plan), 0)
     created_with = {name: version(name) for name in ("tokenlabel", "torch", "timm", "zarr")}
     manifest = Manifest(settings, annotator.class_names, images.describe(), created_with)
+    if dry_run:
+        StoreWriter.check(folder, manifest, plan)
+        return Summary(folder.root, settings, annotator.notes, len(plan), 0)
     pending = StoreWriter.open(folder, manifest, plan).pending()
     missing = sum(len(settings.shard_rows(shard)) for shard in pending)
     summary = Summary(folder.root, settings, annotator.notes, len(plan), len(plan) - missing)
@@ -178,11 +180,10 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise SettingsError(f"device {name!r}: {str(error).splitlines()[0]}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise SettingsError(f"device {name!r}: this machine has no CUDA device that torch can use")
+        torch.empty(1, device=name).item()  # on the meta device there is nothing to read
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingsError(f"device {name!r} cannot be used here: {reason}") from error
     return name
 
 
@@ -199,7 +200,7 @@ def _in_process(
     run: Run, annotator: DenseAnnotator, pending: list[int]
 ) -> Iterator[Receipt | Quarantined]:
     if pending:
-        with closing(ShardWorker(run, annotator)) as worker:
+        with closing(ShardWorker(run, annotator)) as worker, sigterm_interrupts():
             for shard in pending:
                 yield worker.annotate_shard(shard)
 

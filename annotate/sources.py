@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..images import EXTENSIONS, image_keys
+from ..images import EXTENSIONS, image_keys, read_image
 from ..storage.errors import SettingsError
 from ..storage.plan import NO_TARGET
 
@@ -82,7 +82,7 @@ class ImageFolder:
 
     def read(self, key: str) -> bytes:
         """The bytes of a file."""
-        return self.root.joinpath(key).read_bytes()
+        return read_image(self.root / key)
 
     def describe(self) -> dict[str, Any]:
         """Kind, the folder's name (not its path) and its class folders."""
@@ -110,7 +110,7 @@ class ImageFiles:
 
     def read(self, key: str) -> bytes:
         """The bytes of a file."""
-        return self._paths[key].read_bytes()
+        return read_image(self._paths[key])
 
     def describe(self) -> dict[str, Any]:
         """Kind and name; files have no classes."""

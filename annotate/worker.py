@@ -209,10 +209,22 @@ class ShardWorker:
         with torch.autocast(
             self._device.type, dtype=_AUTOCAST.get(precision), enabled=precision != "none"
         ):
-            scores = score(self._annotator, images, self._settings.top_k)
+            scores = self._fitting(images)
         host, copied = scores.to_host()
         waited, ran = decoded - clock, time.perf_counter() - decoded
         return _Scored(host, uploaded, copied, {"decode": waited, "model": ran})
+
+    def _fitting(self, images: Tensor) -> BatchScores:
+        try:
+            return score(self._annotator, images, self._settings.top_k)
+        except RuntimeError as error:
+            if "out of memory" in str(error) or "allocate memory" in str(error):
+                size = "x".join(map(str, images.shape[2:]))
+                raise AnnotatorError(
+                    f"a batch of {len(images)} images of {size} pixels does not fit into the "
+                    f"memory of {self._device}; choose a smaller --batch-size"
+                ) from error
+            raise
 
     def _encode(self, scoring: "Future[_Scored]", seconds: dict[str, float]) -> EncodedBatch:
         scored = scoring.result()

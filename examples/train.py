@@ -7,7 +7,9 @@ and after on crops of its own.
 """
 
 import argparse
+import itertools
 import time
+from collections.abc import Iterator
 
 import timm
 import torch
@@ -26,14 +28,12 @@ from tokenlabel.storage import open_store
 
 def batches(
     dataset: TokenLabelDataset, collate: TokenLabelCollate, count: int, seed: int
-) -> list[TokenLabelBatch]:
-    """Some batches that depend on the seed alone."""
+) -> Iterator[TokenLabelBatch]:
+    """Some batches that depend on the seed alone, epoch after epoch."""
     torch.manual_seed(seed)
     loader = DataLoader(dataset, batch_size=20, shuffle=True, collate_fn=collate)
-    found: list[TokenLabelBatch] = []
-    while len(found) < count:
-        found += list(loader)
-    return found[:count]
+    epochs = itertools.chain.from_iterable(itertools.repeat(loader))
+    yield from itertools.islice(epochs, count)
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
     dataset = TokenLabelDataset(arguments.images, store, transform)
     collate = TokenLabelCollate(student.token_grid)
     criterion = TokenLabelLoss()
-    held_out = batches(dataset, collate, count=4, seed=1)
+    held_out = list(batches(dataset, collate, count=4, seed=1))
 
     @torch.no_grad()
     def evaluate() -> tuple[float, float, float]:

@@ -16,16 +16,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..images import decode, image_keys
+from ..images import decode, image_keys, read_image, upright_rgb
 from ..storage import GridView, LabelMap, LabelStore, open_store
 from ..storage.encoding import MAX_QUANTUM
-from .errors import MissingSamplesError, ReplayError
+from .errors import MissingSamplesError, ReplayError, UnreadableImageError
 from .replay_map import ReplayMap, targets_from
 from .targets import TokenTargets
 
 __all__ = ["ImageLike", "TokenLabelBatch", "TokenLabelCollate", "TokenLabelDataset"]
 
-ImageLike = Image.Image | bytes | os.PathLike[str]
+ImageLike = Image.Image | bytes | str | os.PathLike[str]
 """An image, its encoded bytes, or the path of its file."""
 
 NO_CLASS = -1
@@ -51,8 +51,8 @@ class TokenLabelDataset(Dataset[tuple[Tensor, ReplayMap, int]]):
     """Images and the label maps a store has for them, matched by key.
 
     Args:
-        images: a folder of images, the one that was annotated or a copy of it, or a mapping from
-            keys to images.
+        images: a folder of images, the one that was annotated or a copy of it at any resolution
+            (but showing all of each image), or a mapping from keys to images.
         store: a label store, or its path.
         transform: takes (upright RGB PIL image, `ReplayMap`) and returns the image as a tensor
             with the map, such as a `torchvision.transforms.v2.Compose`.
@@ -93,6 +93,10 @@ class TokenLabelDataset(Dataset[tuple[Tensor, ReplayMap, int]]):
         have = set(self.keys)
         # A store is no mapping: its keys() are its only iterator of keys.
         self.imageless = [key for key in self.store.keys() if key not in have]  # noqa: SIM118
+        if on_missing not in {"error", "hard"}:
+            raise MissingSamplesError(f"on_missing is 'error' or 'hard', got {on_missing!r}")
+        if not self.keys:
+            raise MissingSamplesError(f"{images}: there are no images")
         self._check_missing(on_missing)
 
     def __len__(self) -> int:
@@ -101,7 +105,7 @@ class TokenLabelDataset(Dataset[tuple[Tensor, ReplayMap, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, ReplayMap, int]:
         """The transformed image, its moved map and its class id (-1: none)."""
         key = self.keys[index]
-        image = _load(self._images[key])
+        image = _load(self._images[key], key)
         label = self._class_of(key)
         label_map = self._hard_map(label) if key in self.unlabelled else self.store[key]
         moved = self._transform(image, ReplayMap(label_map, (image.height, image.width)))
@@ -141,11 +145,13 @@ class TokenLabelDataset(Dataset[tuple[Tensor, ReplayMap, int]]):
                 f"{self.store.path}: {found}. Bring the two together, or pass on_missing='hard' "
                 "to train images without a label on their class and leave out the rest"
             )
-        classless = [key for key in self.unlabelled if self._class_of(key) == NO_CLASS]
+        num_classes = self.store.manifest.settings.num_classes
+        classless = [k for k in self.unlabelled if not 0 <= self._class_of(k) < num_classes]
         if classless:
             raise MissingSamplesError(
-                f"{self.store.path}: {len(classless)} images have neither a label nor a class, "
-                f"such as {', '.join(classless[:_SHOWN])}; pass class_of to give their class ids"
+                f"{self.store.path}: {len(classless)} images have neither a label nor a class of "
+                f"0 to {num_classes - 1}, such as {', '.join(classless[:_SHOWN])}; pass class_of "
+                "to give their class ids"
             )
         _log.warning("%s: %s", self.store.path, found)
 
@@ -203,8 +209,13 @@ class _FolderClasses:
         return self._ids.get(key.partition("/")[0], NO_CLASS)
 
 
-def _load(image: ImageLike) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    data = image if isinstance(image, bytes) else Path(image).read_bytes()
-    return decode(data)[0]
+def _load(image: ImageLike, key: str) -> Image.Image:
+    try:
+        if isinstance(image, Image.Image):
+            return upright_rgb(image)[0]
+        data = image if isinstance(image, bytes) else read_image(Path(image))
+        return decode(data)[0]
+    except Exception as error:  # decoders raise what they like on damaged files
+        raise UnreadableImageError(
+            f"{key}: cannot be decoded: {error}; mend it, or leave it out of the images"
+        ) from error

@@ -6,6 +6,7 @@ __all__ = [
     "InvalidTargetsError",
     "MissingSamplesError",
     "ReplayError",
+    "UnreadableImageError",
     "UnsupportedModelError",
     "UnsupportedTransformError",
 ]
@@ -21,6 +22,10 @@ class MissingSamplesError(TokenLabelError, ValueError):
 
 class ReplayError(TokenLabelError, ValueError):
     """Maps, matrices or settings that cannot be replayed."""
+
+
+class UnreadableImageError(TokenLabelError, OSError):
+    """An image to train on that cannot be decoded."""
 
 
 class UnsupportedTransformError(TokenLabelError, TypeError):

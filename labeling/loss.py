@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..storage.errors import SettingsError
 from .errors import InvalidTargetsError
-from .targets import TokenTargets, check_class_ids
+from .targets import TokenTargets
 
 __all__ = ["TokenLabelLoss", "token_cross_entropy"]
 
@@ -33,16 +33,15 @@ def token_cross_entropy(logits: Tensor, targets: TokenTargets) -> Tensor:
         A scalar, differentiable in `logits`.
 
     Raises:
-        InvalidTargetsError: the shapes differ, or (checked on the CPU only, where it needs no
-            synchronisation) a target lists a class that `logits` has not.
+        InvalidTargetsError: the shapes differ, or the number of classes does.
     """
     if logits.ndim != 3 or logits.shape[:2] != targets.base.shape:
         raise InvalidTargetsError(
             f"expected logits [B, N, C] with B, N = {tuple(targets.base.shape)} as the targets "
-            f"have, got {tuple(logits.shape)}: is the targets' token_grid the student's?"
+            f"have, got {tuple(logits.shape)}: is the targets' token_grid the "
+            "student's, and the student in training mode?"
         )
-    if not targets.class_ids.is_cuda:
-        check_class_ids(targets.class_ids, logits.shape[-1])
+    targets.check_num_classes(logits.shape[-1])
     log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     listed = (targets.excess * log_p.gather(-1, targets.class_ids.long())).sum(-1)
     cross_entropy = -listed - targets.base * log_p.sum(-1)

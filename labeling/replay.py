@@ -4,11 +4,10 @@ A token of the h x w student grid is a square of the crop. Sub-points of it are 
 label map, the cells around each are blended bilinearly, and the token's target is their average.
 
 **Sub-points.** A token has s x s of them, at the centres of s x s equal parts. s is the number of
-label cells along the longest side of any token of the sample, rounded up, at most 16; a token up
-to a thousandth longer than a cell counts as one cell. So a token that coincides with a cell has
-one sub-point at its centre and gives the cell back as it is, and a sample's targets do not depend
-on the other samples of its batch. Positions are rounded to 2^-24 of a cell, which hides float
-noise and makes bilinear weights exact.
+label cells along the longest side of any token of the sample, rounded up, at least 2 and at most
+16. Only where every token of the sample is a cell, to a thousandth, s is 1: the token then gives
+the cell back as it is. A sample's targets do not depend on the other samples of its batch.
+Positions are rounded to 2^-24 of a cell, which hides float noise and makes bilinear weights exact.
 
 **Edges.** Sub-points outside the view (its box cut to the image) do not count. The others are
 clamped to the outermost cell centres that lie inside the image, so cells of letterbox padding
@@ -196,7 +195,7 @@ def _blend(
         (shares.unsqueeze(-1) * field.excess[batch, cells]).flatten(2),
     )
     base = torch.where(weight > 0, base, 1 / field.num_classes)
-    return TokenTargets(class_ids, excess, base, weight, class_target)
+    return TokenTargets(class_ids, excess, base, weight, class_target, field.num_classes)
 
 
 def _subpoints_per_side(cells_from_crop: Tensor, token_grid: tuple[int, int]) -> Tensor:
@@ -210,7 +209,11 @@ def _subpoints_per_side(cells_from_crop: Tensor, token_grid: tuple[int, int]) ->
         torch.hypot(x.diff(dim=1), y.diff(dim=1)).amax((1, 2)),
         torch.hypot(x.diff(dim=2), y.diff(dim=2)).amax((1, 2)),
     )
-    return (longest - _LENGTH_SLACK).ceil().clamp(1, _MAX_SUBPOINTS).long()
+    covered = (longest - _LENGTH_SLACK).ceil()
+    # Cell i has its centre at i, so the edges of cells lie at halves.
+    to_edge = [(at - 0.5 - (at - 0.5).round()).abs().amax((1, 2)) for at in (x, y)]
+    is_cell = (covered == 1) & (torch.maximum(*to_edge) < _LENGTH_SLACK)
+    return torch.where(is_cell, 1, covered.clamp(2, _MAX_SUBPOINTS)).long()
 
 
 def _subpoints(

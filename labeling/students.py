@@ -63,7 +63,8 @@ class TokenLabelStudent(nn.Module):
             )
         self._prefix = getattr(model, "num_prefix_tokens", 0)
         self._channels_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        self._token_grid = self._probe(input_size or _built_for(model))
+        self._input_size = input_size or _built_for(model)
+        self._token_grid = self._probe(self._input_size)
         self.token_head = nn.Linear(self.model.num_features, self.model.num_classes)
         nn.init.trunc_normal_(self.token_head.weight, std=0.02)
         nn.init.zeros_(self.token_head.bias)
@@ -87,6 +88,11 @@ class TokenLabelStudent(nn.Module):
         Raises:
             InvalidTargetsError: in training, the images do not give h * w tokens.
         """
+        if self.training and images.shape[1:] != self._input_size:
+            raise InvalidTargetsError(
+                f"expected images of {self._input_size}, for {self.token_grid} tokens, got "
+                f"{tuple(images.shape[1:])}: pass their size as input_size"
+            )
         features = self.model.forward_features(images)
         class_logits = self.model.forward_head(features)
         if not self.training:

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from .errors import InvalidTargetsError
 
-__all__ = ["TokenTargets", "check_class_ids", "merge_repeated"]
+__all__ = ["TokenTargets", "merge_repeated"]
 
 _ABSENT = torch.iinfo(torch.int32).max
 
@@ -33,6 +33,7 @@ class TokenTargets:
         weight: float32 [B, N], the share of the token (0 to 1) that the label map knows; where
             it is 0 the distribution is uniform.
         class_target: the target of the class token, a TokenTargets with N = 1, or None.
+        num_classes: C, where it is known; logits of another number of classes are then refused.
 
     Raises:
         InvalidTargetsError: shapes or dtypes are not these.
@@ -43,6 +44,7 @@ class TokenTargets:
     base: Tensor
     weight: Tensor
     class_target: "TokenTargets | None" = None
+    num_classes: int | None = None
 
     def __post_init__(self) -> None:
         shapes = [tuple(t.shape) for t in (self.class_ids, self.excess, self.base, self.weight)]
@@ -74,9 +76,30 @@ class TokenTargets:
         Raises:
             InvalidTargetsError: a listed class id is not below `num_classes`.
         """
-        check_class_ids(self.class_ids, num_classes)
+        self.check_num_classes(num_classes)
         dense = self.base.unsqueeze(-1).repeat(1, 1, num_classes)
         return dense.scatter_add_(-1, self.class_ids.long(), self.excess)
+
+    def check_num_classes(self, num_classes: int) -> None:
+        """See that the targets are for so many classes.
+
+        Raises:
+            InvalidTargetsError: they are for another number, or, where that is not known, list a
+                class beyond it (looked for on the CPU only: a GPU would have to be waited for).
+        """
+        if self.num_classes is not None:
+            if self.num_classes != num_classes:
+                raise InvalidTargetsError(
+                    f"the targets are for {self.num_classes} classes, expected {num_classes}: the "
+                    "student needs as many classes as the label store has"
+                )
+            return
+        ids = self.class_ids
+        if not ids.is_cuda and ids.numel() and not 0 <= ids.min() <= ids.max() < num_classes:
+            raise InvalidTargetsError(
+                f"targets list class ids {int(ids.min())} to {int(ids.max())}, expected 0 to "
+                f"{num_classes - 1}: the student needs as many classes as the label store has"
+            )
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TokenTargets":
         """The same targets on another device."""
@@ -85,15 +108,6 @@ class TokenTargets:
     def pin_memory(self) -> "TokenTargets":
         """The same targets in page-locked memory; `DataLoader(pin_memory=True)` calls this."""
         return _each(self, Tensor.pin_memory)
-
-
-def check_class_ids(class_ids: Tensor, num_classes: int) -> None:
-    """Raise `InvalidTargetsError` unless every id is in 0 to num_classes - 1; waits for a GPU."""
-    if class_ids.numel() and not 0 <= int(class_ids.min()) <= int(class_ids.max()) < num_classes:
-        raise InvalidTargetsError(
-            f"targets list class ids {int(class_ids.min())} to {int(class_ids.max())}, expected "
-            f"0 to {num_classes - 1}: the student needs as many classes as the label store has"
-        )
 
 
 def merge_repeated(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,4 +142,5 @@ def _each(targets: TokenTargets, move: Callable[[Tensor], Tensor]) -> TokenTarge
         move(targets.base),
         move(targets.weight),
         None if targets.class_target is None else _each(targets.class_target, move),
+        targets.num_classes,
     )

@@ -17,7 +17,13 @@ __all__ = [
 
 
 class TokenLabelError(Exception):
-    """Base of every error that tokenlabel raises on purpose."""
+    """Base of every error that tokenlabel raises on purpose.
+
+    Attributes:
+        exit_status: of the command, where it ends by this error.
+    """
+
+    exit_status = 1
 
 
 class InvalidLabelError(TokenLabelError, ValueError):

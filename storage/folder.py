@@ -107,6 +107,7 @@ class StoreFolder:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._write_scratch(b"").unlink()
+            self.clean()
         except OSError as error:
             raise PublishError(
                 f"{self.root}: cannot write here: {_reason(error)}; choose another folder"

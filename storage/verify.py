@@ -65,7 +65,7 @@ def verify(
             yield f"{key}: in the source, not in the store"
     for ref in manifest.objects:
         yield from _object_faults(folder, ref)
-    committed = committed_shards(folder)
+    committed = set(committed_shards(folder))
     yield from _strangers(folder, settings, committed)
     for done, shard in enumerate(range(settings.num_shards), start=1):
         if shard in committed:
@@ -78,7 +78,7 @@ def verify(
         progress(done, settings.num_shards)
 
 
-def _strangers(folder: StoreFolder, settings: Settings, committed: list[int]) -> Iterator[str]:
+def _strangers(folder: StoreFolder, settings: Settings, committed: set[int]) -> Iterator[str]:
     expected = {name(s) for s in committed for name in (record_object, rows_object)}
     planned = range(settings.num_shards)
     # objects without a record yet: their writer died, or is still at work
@@ -86,7 +86,7 @@ def _strangers(folder: StoreFolder, settings: Settings, committed: list[int]) ->
     found = {*folder.names("shards"), *folder.names(f"{MAPS}/entries")}
     for name in sorted(found - expected - unfinished - set(maps_metadata(settings))):
         yield f"{folder.path(name)}: not part of the store"
-    for shard in committed:
+    for shard in sorted(committed):
         if shard >= settings.num_shards:
             yield (
                 f"{folder.path(record_object(shard))}: the manifest has only "

@@ -52,22 +52,36 @@ class StoreWriter:
             SettingsError: the store there was made with other settings; each is named.
             PublishError: the folder cannot be written.
         """
+        cls.check(folder, manifest, plan)
+        if not folder.exists(MANIFEST):
+            _begin(folder, manifest, plan)
+            cls.check(folder, manifest, plan)  # another run's manifest may have won
+        _lay_out(folder, read_manifest(folder))
+        folder.clean()
+        return cls(folder, manifest.settings)
+
+    @staticmethod
+    def check(folder: StoreFolder, manifest: Manifest, plan: Plan) -> None:
+        """See that a folder is free for a store, or holds one of the same settings; only reads.
+
+        Raises:
+            SettingsError: it holds other files, or a store made with other settings; each is
+                named.
+        """
         settings = manifest.settings
         if not folder.exists(MANIFEST):
-            if folder.root.is_dir():
-                strangers = sorted(
-                    entry.name
-                    for entry in folder.root.iterdir()
-                    if not entry.name.startswith(("plan.", ".tmp"))
+            strangers = sorted(
+                entry.name
+                for entry in (folder.root.iterdir() if folder.root.is_dir() else ())
+                if not entry.name.startswith(("plan.", ".tmp"))
+            )
+            if strangers:
+                raise SettingsError(
+                    f"{folder}: the folder holds other files ({strangers[0]!r}); "
+                    "choose a new or an empty folder"
                 )
-                if strangers:
-                    raise SettingsError(
-                        f"{folder}: the folder holds other files ({strangers[0]!r}); "
-                        "choose a new or an empty folder"
-                    )
-            _begin(folder, manifest, plan)
-        begun = read_manifest(folder)
-        stored = begun.settings
+            return
+        stored = read_manifest(folder).settings
         if stored.plan_sha256 != settings.plan_sha256:
             raise SettingsError(
                 f"{folder}: the source is not the one the store was begun with: "
@@ -81,9 +95,6 @@ class StoreWriter:
                 f"{folder}: the store was made with other settings ({changed}). "
                 "Run with its settings to continue it, or write to another folder"
             )
-        _lay_out(folder, begun)
-        folder.clean()
-        return cls(folder, settings)
 
     def pending(self) -> list[int]:
         """Numbers of the shards that are not committed yet, ascending."""

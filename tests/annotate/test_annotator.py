@@ -88,6 +88,36 @@ def test_average_pooled_token_models_pass_the_check() -> None:
     ]
 
 
+def test_class_tokens_that_a_model_does_not_count_are_found() -> None:
+    annotator = timm_annotator("volo_d1_224", pretrained=False)
+    assert annotator.grid == (14, 14)
+    features = annotator.network.features(torch.zeros(1, 3, 224, 224))
+    assert torch.equal(annotator.network.locations(features)[0, 0, 0, 0], features[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("pit_ti_224", "1 tokens, 1 of them class tokens, form no grid"),  # gives no other
+        ("vgg11", "head's answer to the average location differs"),  # its head is 7x7 wide
+        ("crossvit_9_240", "expected a tensor"),  # gives two sets of tokens
+        ("eva02_tiny_patch14_224", "needs 2 to 16777216 classes, this one has 0"),
+        ("resnet18.no_such_tag", "no_such_tag"),
+    ],
+)
+def test_models_that_cannot_be_run_densely_are_refused_by_name(model: str, reason: str) -> None:
+    with pytest.raises(AnnotatorError, match=reason):
+        timm_annotator(model, pretrained=False)
+
+
+def test_faults_of_a_users_network_are_one_line() -> None:
+    def fn(images: Tensor) -> Tensor:
+        raise ValueError(f"what is {images.shape}?")
+
+    with pytest.raises(AnnotatorError, match=r"cannot be run densely .*ValueError: what is"):
+        DenseAnnotator.from_callable(fn, Preprocessing((8, 8)), 4)
+
+
 class _Shifted(nn.Module):
     """A network whose dense answer is not what it pools."""
 

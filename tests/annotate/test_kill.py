@@ -102,3 +102,24 @@ def test_killed_ray_run_resumes_while_its_workers_live_on(
     run.send_signal(signal.SIGKILL)
     run.wait()
     check_resumes(out, photos, undisturbed, tree_digest)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_run_says_what_is_kept(
+    sent: signal.Signals, workers: int, photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "labels"
+    command = [sys.executable, "-m", "tokenlabel.cli", "annotate", str(photos), str(out)]
+    settings = ["--model=resnet50", "--no-pretrained", "--img-size=224", "--shard-size=1"]
+    run = subprocess.Popen(
+        [*command, *settings, f"--workers={workers}"], stderr=subprocess.PIPE, text=True
+    )
+    wait_for_objects(out, 4 + 3 * 3, lambda: run.poll() is None)
+    run.send_signal(sent)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130, said
+    assert "images this run labelled are kept; run the same command again to go on" in said
+    assert "Traceback" not in said
+    store = open_store(out, allow_partial=True)
+    assert 2 <= store.committed_shards < 20  # the last object seen may be a scratch file

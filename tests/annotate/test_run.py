@@ -1,3 +1,4 @@
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -279,6 +280,35 @@ def test_a_dry_run_writes_nothing(images: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "labels").exists()
 
 
+def test_a_dry_run_refuses_what_a_run_would_refuse(images: Path, tmp_path: Path) -> None:
+    annotate(images, tmp_path / "labels", **SMALL)
+    with pytest.raises(SettingsError, match="top_k: 5 in the store, now 3"):
+        annotate(images, tmp_path / "labels", dry_run=True, **(SMALL | {"top_k": 3}))
+    with pytest.raises(SettingsError, match="holds other files"):
+        annotate(images, images, dry_run=True, **SMALL)
+
+
+def test_links_in_circles_are_followed_once(images: Path) -> None:
+    before = sorted(key for key, _ in ImageFolder(images).samples())
+    (images / "cats" / "up").symlink_to(images)
+    (images / "self").symlink_to(images)
+    assert sorted(key for key, _ in ImageFolder(images).samples()) == before
+    (images / "more").symlink_to(images / "dogs")  # a link that is no circle is followed
+    assert len(list(ImageFolder(images).samples())) == len(before) + 5
+
+
+def test_a_pipe_among_the_images_is_a_failed_image(images: Path, tmp_path: Path) -> None:
+    os.mkfifo(images / "dogs" / "pipe.jpg")
+    failures = annotate(images, tmp_path / "labels", **SMALL).failures
+    assert failures == {"dogs/pipe.jpg": "cannot be read: not a regular file"}
+
+
+def test_batches_are_never_larger_than_a_shard(images: Path, tmp_path: Path) -> None:
+    summary = annotate(images, tmp_path / "labels", **(SMALL | {"batch_size": 10**9}))
+    assert summary.settings.batch_size == 4
+    assert summary.labelled == 10
+
+
 def test_bad_input_is_refused_before_work_is_wasted(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels"
     empty = tmp_path / "empty"
@@ -292,6 +322,7 @@ def test_bad_input_is_refused_before_work_is_wasted(images: Path, tmp_path: Path
         (images, {"top_k": 0}, "top_k must be at least 1, got 0"),
         (images, {"device": "cuda:9"}, "cuda:9"),
         (images, {"device": "abacus"}, "abacus"),
+        (images, {"device": "meta"}, "'meta' cannot be used here"),
         (images, {"amp": "int2"}, "'int2' is none of auto, none, bf16, fp16"),
         (images, {"class_names": ["a", "b"]}, "2 class names for 1000 classes"),
         (images, {"model": "nothing"}, "timm has no model 'nothing'"),
@@ -322,8 +353,6 @@ class Moody:
 
     def read(self, key: str) -> bytes:
         if key.startswith("dogs/img.v8"):
-            import os
-
             os.abort()
         return self.folder.read(key)
 

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from tokenlabel.annotate import DenseAnnotator, Preprocessing, annotate
 from tokenlabel.labeling import ReplayMap, TokenLabelBatch, TokenLabelCollate, TokenLabelDataset
-from tokenlabel.labeling.errors import MissingSamplesError, ReplayError
+from tokenlabel.labeling.errors import MissingSamplesError, ReplayError, UnreadableImageError
 from tokenlabel.storage import open_store
 
 Transform = Callable[[Image.Image, ReplayMap], tuple[Tensor, ReplayMap]]
@@ -154,6 +154,54 @@ def test_images_come_from_any_mapping(labels: Path, images: Path, transform: Tra
     }
     dataset = TokenLabelDataset(sources, labels, transform)
     assert [dataset[n][0].shape for n in range(6)] == [(3, 16, 16)] * 6
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_rotated_photographs_train_upright(tmp_path: Path, orientation: int) -> None:
+    """Red left of green when upright, however the camera was held and the image is given."""
+    pixels = np.zeros((32, 32, 3), dtype=np.uint8)
+    pixels[:, :16, 0], pixels[:, 16:, 1] = 255, 255
+    turns = {1: 0, 3: 2, 6: 1}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "images").mkdir()
+    path = tmp_path / "images" / "a.png"
+    Image.fromarray(np.rot90(pixels, turns).copy()).save(path, exif=exif)
+    plain = Preprocessing((32, 32), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    annotator = DenseAnnotator.from_callable(first_two, plain, 2)
+    annotate(tmp_path / "images", tmp_path / "labels", model=annotator, workers=0)
+    given: list[Any] = [path, str(path), path.read_bytes(), Image.open(path)]
+    for image in given:
+        dataset = TokenLabelDataset({"a.png": image}, tmp_path / "labels", to_tensor)
+        crop, replay_map, label = dataset[0]
+        assert torch.equal(crop, torch.tensor(pixels).movedim(-1, 0))
+        targets = TokenLabelCollate((2, 2))([(crop, replay_map, label)]).targets
+        assert targets.dense(2)[0].argmax(dim=-1).tolist() == [0, 1, 0, 1]
+
+
+def to_tensor(image: Image.Image, replay_map: ReplayMap) -> tuple[Tensor, ReplayMap]:
+    return v2.functional.to_image(image).as_subclass(Tensor), replay_map
+
+
+def test_wrong_arguments_are_found_before_the_first_step(
+    images: Path, labels: Path, transform: Transform
+) -> None:
+    with pytest.raises(MissingSamplesError, match="'error' or 'hard', got 'ignore'"):
+        TokenLabelDataset(images, labels, transform, on_missing="ignore")  # type: ignore[arg-type]
+    with pytest.raises(MissingSamplesError, match="there are no images"):
+        TokenLabelDataset({}, labels, transform, on_missing="hard")
+    (images / "pear" / "3.png").rename(images / "pear" / "new.png")
+    with pytest.raises(MissingSamplesError, match=r"a class of 0 to 1, such as pear/new\.png"):
+        TokenLabelDataset(images, labels, transform, on_missing="hard", class_of=lambda _: 7)
+
+
+def test_an_image_that_cannot_be_decoded_is_named(
+    images: Path, labels: Path, transform: Transform
+) -> None:
+    dataset = TokenLabelDataset(images, labels, transform)
+    (images / "apple" / "1.png").write_bytes(b"no image")
+    with pytest.raises(UnreadableImageError, match=r"apple/1\.png: cannot be decoded"):
+        dataset[1]
 
 
 def test_a_transform_that_loses_the_map_is_named(images: Path, labels: Path) -> None:

@@ -134,3 +134,10 @@ def test_what_does_not_fit_is_refused() -> None:
         TokenLabelLoss()((torch.zeros(B, C), torch.zeros(B, N, C)), targets)
     with pytest.raises(SettingsError, match=r"\['lvvit', 'volo'\], got 'deit'"):
         TokenLabelLoss.preset("deit")
+
+
+def test_logits_of_another_number_of_classes_are_refused(lite0_maps: list[LabelMap]) -> None:
+    targets = replay(lite0_maps[:1], torch.eye(3)[None], (2, 2))
+    for num_classes in (999, 1200):
+        with pytest.raises(InvalidTargetsError, match=f"for 1000 classes, expected {num_classes}"):
+            token_cross_entropy(torch.zeros(1, 4, num_classes), targets)
