@@ -217,6 +217,7 @@ class DenseAnnotator:
     def to(self, device: torch.device) -> None:
         """Move the network to a device, its convolutions to channels-last."""
         if isinstance(self.network, nn.Module):
+            # torch's stubs know `memory_format` only without a device
             self.network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property

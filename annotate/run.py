@@ -109,7 +109,7 @@ def annotate(
         amp: precision of the forward pass: "none", "bf16", "fp16"; "auto" is bf16 on CUDA and
             none elsewhere.
         class_names: one name for each class, in place of those the annotator knows.
-        dry_run: plan and check everything, write nothing.
+        dry_run: check the source, the model and an earlier store, write nothing.
         progress: called with (samples done, samples planned) after every shard.
 
     Raises:
@@ -117,7 +117,7 @@ def annotate(
         AnnotatorError: an annotator that cannot be built or run densely.
         PublishError: a folder that cannot be written.
         ShardsFailedError: shards that could not be finished; the others are committed.
-        InterruptedRunError: stopped by Ctrl-C; what is committed is kept.
+        InterruptedRunError: stopped by Ctrl-C or SIGTERM; what is committed is kept.
     """
     for name, value in (("top_k", top_k), ("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:

@@ -128,13 +128,16 @@ class ShardWorker:
         self._decoders = ThreadPoolExecutor(run.threads, "decode")
         # In each thread: OpenMP keeps the number of threads for each calling thread apart.
         one_thread = None if on_gpu else partial(torch.set_num_threads, 1)
+        self._num_threads = torch.get_num_threads()
         self._scorers = ThreadPoolExecutor(scorers, "score", one_thread)
         self._encoder = ThreadPoolExecutor(1, "encode")
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, and give torch back the number of threads it had."""
         for threads in (self._decoders, self._scorers, self._encoder):
             threads.shutdown()
+        # What the scoring threads set for themselves is also what later threads begin with.
+        torch.set_num_threads(self._num_threads)
 
     def annotate_shard(self, shard: int) -> Receipt:
         """Decode, score, encode and commit one shard."""

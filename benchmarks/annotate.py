@@ -36,6 +36,7 @@ def files(folder: Path, count: int) -> ImageFiles:
 def bare_rate(model: str, size: int, batch_size: int, count: int, device: str) -> float:
     """Images a second of `model(x)` alone."""
     network = timm.create_model(model).eval()
+    # torch's stubs know `memory_format` only without a device
     network = network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(batch_size, 3, size, size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)

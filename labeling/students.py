@@ -15,7 +15,7 @@ __all__ = ["TokenLabelStudent"]
 
 
 class _Classifier(nn.Module):
-    """What timm's classifiers have in common, for the type checker."""
+    """What timm's classifiers have in common; names for the type checker, never run."""
 
     num_classes: int
     num_features: int

@@ -1,6 +1,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,22 @@ def test_one_and_two_ray_workers_make_the_same_store(
         )
         assert summary.labelled == 20
         assert tree_digest(tmp_path / str(workers)) == tree_digest(photo_store)
+
+
+def test_a_run_in_this_process_leaves_torchs_threads_as_they_were(
+    images: Path, tmp_path: Path
+) -> None:
+    def threads_of_a_new_thread() -> int:
+        with ThreadPoolExecutor(1) as executor:
+            return executor.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        annotate(images, tmp_path / "labels", **SMALL)
+        assert (torch.get_num_threads(), threads_of_a_new_thread()) == (2, 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_running_again_changes_nothing(images: Path, tmp_path: Path, tree_digest: Digest) -> None:
